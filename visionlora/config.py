@@ -1,0 +1,152 @@
+"""What an adapter is made of, as one frozen dataclass that imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from visionlora.errors import ConfigError
+
+Variant = Literal["lora", "dora", "fa"]
+Norm = Literal["frozen", "stats", "affine"]
+Bias = Literal["none", "lora_only", "all"]
+Init = Literal["default", "gaussian", "orthogonal"]
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Say which layers change, how, and with how many parameters."""
+
+    r: int = 16
+    """Rank of the change; parameters grow linearly with it."""
+    lora_alpha: float = 16.0
+    """Strength of the change: scale = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = 0.0
+    """Probability of dropping a rank-one part of the change in a training step; costs no activation memory."""
+    target_modules: str | list[str] = "auto"
+    """"auto", "all-linear", "all-conv", "all", "none", a regular expression over whole layer names, or a list of
+    layer names or name endings. Parts of a fused layer go in brackets: "attn.qkv[q,v]"."""
+    exclude_modules: str | list[str] = field(default_factory=list)
+    """Layers left alone, written like target_modules; wins over it."""
+    variant: Variant = "lora"
+    """"lora" (Hu et al. 2021), "dora" (Liu et al. 2024) or "fa", LoRA with A frozen (Zhang et al. 2023)."""
+    norm: Norm = "frozen"
+    """BatchNorm: "frozen" keeps the base statistics, "stats" re-estimates them once on the target data, "affine"
+    also trains scale and shift (of every normalisation layer). Statistics never drift while training."""
+    bias: Bias = "none"
+    """Also train the biases of the adapted layers ("lora_only") or of every layer ("all")."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023): the strength no longer shrinks as the rank grows."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank of single layers: {regular expression of a name ending: rank}."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """lora_alpha of single layers, written like rank_pattern."""
+    modules_to_save: str | list[str] = "auto"
+    """Modules trained in full and saved with the adapter: "auto" is the classifier head; a list adds to the head;
+    "none" trains no module in full, the head included."""
+    init_lora_weights: Init = "default"
+    """Starting values of A: "default" (Kaiming uniform), "gaussian" (variance 1/r) or "orthogonal". B starts at 0."""
+    task_type: str | None = None
+    """The field's name of the task; None for image models."""
+
+    def __post_init__(self) -> None:
+        _whole_number("r", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            _whole_number(f"rank_pattern[{pattern!r}]", rank)
+        _positive("lora_alpha", self.lora_alpha)
+        for pattern, alpha in self.alpha_pattern.items():
+            _positive(f"alpha_pattern[{pattern!r}]", alpha)
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for name, choices in _CHOICES.items():
+            _one_of(name, getattr(self, name), choices)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            _names(name, getattr(self, name))
+        if isinstance(self.modules_to_save, str):
+            _one_of("modules_to_save", self.modules_to_save, ("auto", "none"))
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            compile_pattern(pattern, "rank_pattern or alpha_pattern")
+
+    def scale(self, rank: int, alpha: float | None = None) -> float:
+        """Return the one number that multiplies B @ A."""
+        alpha = self.lora_alpha if alpha is None else alpha
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that from_dict reads back."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LoraConfig:
+        """Return the config that to_dict wrote; an unknown field is an error."""
+        known = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ConfigError(f"LoraConfig has no field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}")
+        return cls(**data)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "variant": ("lora", "dora", "fa"),
+    "norm": ("frozen", "stats", "affine"),
+    "bias": ("none", "lora_only", "all"),
+    "init_lora_weights": ("default", "gaussian", "orthogonal"),
+}
+
+
+def did_you_mean(word: str, choices: list[str], cutoff: float = 0.5) -> str:
+    """Return '; did you mean "x"?' for the nearest choice, or nothing."""
+    near = get_close_matches(word, choices, n=1, cutoff=cutoff)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def check_adapter_name(name: str) -> str:
+    """Return the name if it may be a file, a folder and a module name at once."""
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+        raise ConfigError(f"an adapter name is 1 to 64 of A-Z a-z 0-9 _ -, got {name!r}")
+    return name
+
+
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """Return the compiled regular expression a user typed."""
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({e})") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole_number(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _positive(name: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = did_you_mean(str(value), list(choices))
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{near}")
+
+
+def _names(name: str, value: object) -> None:
+    if isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)):
+        return
+    raise ConfigError(f"{name} must be text or a list of names, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, tuple)) else value
