@@ -1,0 +1,1 @@
+"""Images on disk: decoding, folders, splits, transforms, datasets and their examination."""
