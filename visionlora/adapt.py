@@ -1,0 +1,310 @@
+"""The verbs: put adapters on a model, choose among them, take them off. All change the model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
+from visionlora.core.attach import Adapted, attach, detach
+from visionlora.core.delta import Delta, Value
+from visionlora.core.geometry import geometry_of
+from visionlora.errors import InertAdapterError, StateError, TargetError
+from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
+from visionlora.targets import Cure, cure
+
+_RESERVED = frozenset(dir(nn.ModuleDict())) | {"base"}
+
+
+@dataclass
+class Registry:
+    """What a model remembers of its adapters: kept on the model, so that deepcopy and pickle carry it along."""
+
+    grads: dict[str, bool]
+    """requires_grad of every base parameter before the first adapter."""
+    plans: dict[str, Plan] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    cures: list[Cure] = field(default_factory=list)
+    merged: list[Any] | None = None
+    """What unmerge puts back; None while nothing is merged."""
+
+
+def apply_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str = "default") -> nn.Module:
+    """Change the model in place: freeze it and attach a fresh adapter, active and trainable. Return the model.
+
+    The output is bit for bit that of the base until the adapter is trained. Raises TargetError where the config does
+    not fit the model, StateError where the name is taken; the model is then as it was before.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> net = apply_lora(net, LoraConfig(r=2, target_modules=["0"]))
+    >>> [n for n, p in net.named_parameters() if p.requires_grad]
+    ['0.adapters.default.weight.A', '0.adapters.default.weight.B']
+    """
+    check_new_name(model, name)
+    plan = make_plan(model, config or LoraConfig())
+    put_on(model, name, plan, build(model, plan), trainable=True)
+    activate(model, name)
+    return model
+
+
+def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainable: bool) -> None:
+    """Change the model in place: attach built changes as an inactive adapter, all of them or none."""
+    registry = _registry_or_new(model)
+    done: list[str] = []
+    try:
+        for layer_name, layer_changes in changes.items():
+            layer = model.get_submodule(layer_name)
+            for change in layer_changes.values():
+                change.train(layer.training)
+            attach(layer, name, layer_changes, mixin_of(model, layer_name), geometry_of(layer))
+            done.append(layer_name)
+    except TypeError as e:  # a class that cannot be subclassed or reassigned: a scripted module, say
+        for layer_name in done:
+            detach(adapted_layers(model)[layer_name], name)
+        if not registry.plans:
+            del model._visionlora
+        raise TargetError(f"layer {layer_name} of class {type(layer).__name__} cannot be adapted: {e}") from None
+    registry.plans[name], registry.trainable[name] = plan, trainable
+    registry.cures += [c for site in plan.sites if (c := _cure(model, site.name)) is not None]
+    _set_grads(model, registry)
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Change the model in place: take one adapter off, or all. The last one gives back the base, bit for bit."""
+    registry = registry_of(model)
+    for gone in [check_known_name(model, name)] if name is not None else list(registry.plans):
+        for layer in adapted_layers(model).values():
+            if gone in layer.adapters:
+                detach(layer, gone)
+        for book in (registry.plans, registry.trainable, registry.active):
+            book.pop(gone, None)  # type: ignore[attr-defined]
+    if not registry.plans:
+        for fix in registry.cures:
+            fix.undo()
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(registry.grads.get(parameter_name, parameter.requires_grad))
+        del model._visionlora
+    return model
+
+
+def activate(model: nn.Module, name: str, strength: float = 1.0) -> nn.Module:
+    """Change the model in place: run this adapter and no other, its whole change scaled by the strength.
+
+    Strength 0 is the base, 1 the adapter, between them a mix that often keeps the target and regains the rest
+    (Wortsman et al. 2022, arXiv:2109.01903). Weights, head and normalisation scale together.
+    """
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength < float("inf"):
+        raise StateError(f"strength must be a number of at least 0, got {strength!r}")
+    registry = registry_of(model)
+    check_known_name(model, name)
+    _set_active(model, registry, {name: float(strength)})
+    _set_grads(model, registry)
+    return model
+
+
+def deactivate(model: nn.Module) -> nn.Module:
+    """Change the model in place: run the base. Adapters stay attached."""
+    registry = registry_of(model)
+    _set_active(model, registry, {})
+    _set_grads(model, registry)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base, bit for bit, inside the with block. Not for concurrent threads on one model."""
+    registry = registry_of(model)
+    before = dict(registry.active)
+    _set_active(model, registry, {})
+    try:
+        yield model
+    finally:
+        _set_active(model, registry, before)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the attached adapters."""
+    registry: Registry | None = model.__dict__.get("_visionlora")
+    return list(registry.plans) if registry else []
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """Return the strength of every active adapter by name."""
+    return dict(registry_of(model).active)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """Return the layers that carry adapters, by name: the one definition of what an adapter parameter is."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters of an adapter by group ("A", "B", "m", "head", "saved", "norm", "bias") and full name."""
+    plan = registry_of(model).plans[check_known_name(model, name)]
+    groups: dict[str, dict[str, nn.Parameter]] = {}
+    for layer_name, layer in adapted_layers(model).items():
+        for attribute, change in _changes(layer, name):
+            for tensor_name, parameter in change.named_parameters():
+                leaf = tensor_name.rpartition(".")[2]
+                group = leaf if isinstance(change, Delta) else plan.values[layer_name][attribute]
+                full = f"{layer_name}.adapters.{name}.{attribute}.{tensor_name}"
+                groups.setdefault(group, {})[full] = parameter
+    return groups
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return every tensor of an adapter as {"layer/attribute/tensor": tensor}: all that makes it differ from the base."""
+    check_known_name(model, name)
+    return {
+        f"{layer_name}/{attribute}/{tensor_name}": tensor.detach()
+        for layer_name, layer in adapted_layers(model).items()
+        for attribute, change in _changes(layer, name)
+        for tensor_name, tensor in change.state_dict().items()
+    }
+
+
+def adapter_plan(model: nn.Module, name: str) -> Plan:
+    """Return the structure of an adapter."""
+    return registry_of(model).plans[check_known_name(model, name)]
+
+
+def attach_plan(
+    model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, name: str = "default", trainable: bool = False
+) -> nn.Module:
+    """Change the model in place: attach an adapter with the given numbers, inactive. The inverse of adapter_state.
+
+    Raises TargetError, the model untouched, where a tensor is missing, unexpected or of another shape.
+    """
+    check_new_name(model, name)
+    _fill(build_like(model, plan, tensors), tensors, model, plan, name, trainable)
+    return model
+
+
+def build_like(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> Changes:
+    """Return changes whose values have the shapes of the tensors: a head may have other classes than the base's."""
+    changes = build(model, plan)
+    for layer_name, layer_changes in changes.items():
+        for attribute, change in layer_changes.items():
+            if isinstance(change, Value):
+                key = f"{layer_name}/{attribute}"
+                value, start = tensors.get(f"{key}/value"), tensors.get(f"{key}/start")
+                if value is not None and (
+                    value.shape != change.value.shape or (start is None) != (change.start is None)
+                ):
+                    layer_changes[attribute] = Value(
+                        change.value.new_zeros(value.shape, dtype=value.dtype),
+                        trainable=change.trainable,
+                        start=None if start is None else change.value.new_zeros(start.shape, dtype=start.dtype),
+                    )
+    return changes
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise InertAdapterError, to be called after a backward pass, if a trainable adapter tensor received no gradient."""
+    inert: list[str] = []
+    for name in registry_of(model).active:
+        groups = adapter_parameters(model, name)
+        inert += [n for group in groups.values() for n, p in group.items() if p.requires_grad and p.grad is None]
+    if inert:
+        layers = sorted({n.partition(".adapters.")[0] for n in inert})
+        shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
+        raise InertAdapterError(
+            f"no gradient reached the adapters of {shown}: the model does not call these layers in its forward pass, or "
+            "reads their weight directly, or the pass was cut (no_grad, detach); exclude them with "
+            f"exclude_modules={layers[:5]}"
+        )
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """Return the model's adapter registry. Raises StateError where there is none, or while the adapters are merged."""
+    registry: Registry | None = model.__dict__.get("_visionlora")
+    if registry is None:
+        inside = [n for n, m in model.named_modules() if "_visionlora" in m.__dict__]
+        hint = f"; pass the model inside it: .{inside[0]}" if inside else "; call apply_lora or load_adapter first"
+        raise StateError(f"{type(model).__name__} has no adapters{hint}")
+    if registry.merged is not None:
+        raise StateError("the adapters are merged into the weights; call unmerge first")
+    return registry
+
+
+def check_known_name(model: nn.Module, name: str) -> str:
+    """Return the name of an attached adapter."""
+    known = list(registry_of(model).plans)
+    if name not in known:
+        raise StateError(
+            f"no adapter {name!r} on this model{did_you_mean(str(name), known)}; it has {', '.join(known)}"
+        )
+    return name
+
+
+def check_new_name(model: nn.Module, name: str) -> str:
+    """Return a name that is well formed and free."""
+    if check_adapter_name(name) in _RESERVED:
+        raise StateError(f"the adapter name {name!r} is reserved; choose another")
+    registry: Registry | None = model.__dict__.get("_visionlora")
+    if registry is not None:
+        registry_of(model)
+    if registry is not None and name in registry.plans:
+        raise StateError(f"an adapter {name!r} is already attached; remove it first or choose another name")
+    return name
+
+
+def _fill(
+    changes: Changes, tensors: dict[str, Tensor], model: nn.Module, plan: Plan, name: str, trainable: bool
+) -> None:
+    slots = {
+        f"{layer}/{attribute}/{key}": slot
+        for layer, attributes in changes.items()
+        for attribute, change in attributes.items()
+        for key, slot in change.state_dict(keep_vars=True).items()
+    }
+    _check_tensors(slots, tensors)
+    with torch.no_grad():
+        for key, slot in slots.items():
+            slot.copy_(tensors[key])
+    put_on(model, name, plan, changes, trainable=trainable)
+
+
+def _check_tensors(slots: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    for problem, keys in (("lacks", slots.keys() - tensors.keys()), ("has unexpected", tensors.keys() - slots.keys())):
+        if keys:
+            shown = ", ".join(sorted(keys)[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+            raise TargetError(f"the adapter {problem} {len(keys)} tensor(s): {shown}")
+    for key, slot in slots.items():
+        if slot.shape != tensors[key].shape:
+            raise TargetError(f"{key}: expected shape {tuple(slot.shape)}, got {tuple(tensors[key].shape)}")
+
+
+def _changes(layer: Adapted, name: str) -> list[tuple[str, Any]]:
+    return list(layer.adapters[name].items()) if name in layer.adapters else []  # type: ignore[operator]
+
+
+def _cure(model: nn.Module, layer_name: str) -> Cure | None:
+    owner_name, _, leaf = layer_name.rpartition(".")
+    return cure(model.get_submodule(owner_name), leaf)
+
+
+def _registry_or_new(model: nn.Module) -> Registry:
+    if "_visionlora" not in model.__dict__:
+        model._visionlora = Registry({n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
+    return registry_of(model)
+
+
+def _set_active(model: nn.Module, registry: Registry, active: dict[str, float]) -> None:
+    registry.active = active
+    for layer in adapted_layers(model).values():
+        layer.active = {name: strength for name, strength in active.items() if name in layer.adapters}
+
+
+def _set_grads(model: nn.Module, registry: Registry) -> None:
+    model.requires_grad_(False)
+    for name in registry.active:
+        for group in adapter_parameters(model, name).values():
+            for parameter in group.values():
+                parameter.requires_grad_(registry.trainable[name])

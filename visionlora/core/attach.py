@@ -1,0 +1,152 @@
+"""Put changes on a layer and take them off, in place: the only file that knows PyTorch's object model."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from visionlora.core.delta import Change, Delta
+from visionlora.core.geometry import Geometry, widened
+from visionlora.errors import StateError
+
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # torch built without distributed support
+    DTensor = None  # type: ignore[assignment, misc]
+
+
+class Adapted(nn.Module):
+    """A layer whose tensors are read through its active adapters.
+
+    The class of an adapted layer is a cached subclass of (this class, the layer's own class): keys, attributes and
+    isinstance checks stay as they were. `adapters[name][attribute]` is one adapter's change of one attribute.
+    """
+
+    adapters: nn.ModuleDict
+    active: dict[str, float]
+    geometry: Geometry | None
+    mixin: type[Adapted]
+    changed: ClassVar[frozenset[str]] = frozenset()
+
+    def base_tensor(self, attribute: str) -> Tensor | None:
+        """Return the stored tensor, whatever is active."""
+        if attribute in self._parameters:
+            return self._parameters[attribute]
+        return self._buffers.get(attribute)
+
+    def effective(self, attribute: str) -> Tensor | None:
+        """Return the tensor as the layer's own forward sees it: the base with every active change."""
+        base = self.base_tensor(attribute)
+        changes = self.active_changes(attribute)
+        if base is None or not changes:
+            return base
+        if DTensor is not None and isinstance(base, DTensor):
+            raise StateError(
+                f"{type(self).__name__}.{attribute} is computed from its adapter and cannot be sharded by FSDP2; "
+                "leave this layer out (exclude_modules) or train with DDP"
+            )
+        wide = widened(base)
+        total = wide
+        for change, strength in changes:
+            total = change.onto(total, wide, strength)
+        return total.to(base.dtype)
+
+    def active_changes(self, attribute: str) -> list[tuple[Change, float]]:
+        found = []
+        for name, strength in self.active.items():
+            changes = self.adapters[name]
+            if attribute in changes:  # type: ignore[operator]
+                found.append((changes[attribute], strength))  # type: ignore[index]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class was made at run time: pickle must rebuild it from the importable classes it is made of
+        state = super().__reduce_ex__(2)
+        mixin, own = type(self).__bases__
+        return (_rebuild, (mixin, own, self.changed), *state[2:])
+
+
+class Materialised(Adapted):
+    """A layer that runs its own forward on the effective tensors: slower, always right."""
+
+
+class Branched(Adapted):
+    """A layer that runs untouched while each change adds a cheaper parallel branch, proven equal."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)
+        for delta, strength in self.active_changes("weight"):
+            assert isinstance(delta, Delta)
+            branch = delta.branch(self, x)
+            y = y + (branch if strength == 1 else strength * branch)
+        return y
+
+
+_CLASSES: dict[tuple[type, type, frozenset[str]], type] = {}
+
+
+def adapted_class(mixin: type[Adapted], own: type[nn.Module], changed: frozenset[str]) -> type[Adapted]:
+    """Return the cached class of layers of class `own` whose `changed` attributes are read through adapters."""
+    key = (mixin, own, changed)
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {"changed": changed, "__module__": __name__}
+        # a branched layer's weight stays the base's: its branch adds the change
+        read = changed - {"weight"} if mixin is Branched else changed
+        namespace |= {attribute: _reader(attribute) for attribute in read}
+        _CLASSES[key] = type(f"{mixin.__name__}{own.__name__}", (mixin, own), namespace)
+    return _CLASSES[key]
+
+
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the class timm or transformers gave the layer."""
+    return type(layer).__bases__[1] if isinstance(layer, Adapted) else type(layer)
+
+
+def attach(
+    layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted], geometry: Geometry | None
+) -> None:
+    """Change the layer in place: give it an adapter, inactive."""
+    if not isinstance(layer, Adapted):
+        layer.add_module("adapters", nn.ModuleDict())
+        layer.active = {}
+        layer.geometry = geometry
+        layer.mixin = mixin
+    layer.adapters[name] = nn.ModuleDict(changes)  # type: ignore[union-attr, operator]
+    _refresh_class(layer)
+
+
+def detach(layer: Adapted, name: str) -> None:
+    """Change the layer in place: take an adapter off; the last one leaves the layer as it was."""
+    del layer.adapters[name]
+    layer.active.pop(name, None)
+    if len(layer.adapters):
+        _refresh_class(layer)
+        return
+    layer.__class__ = own_class(layer)
+    del layer.adapters, layer.active, layer.geometry, layer.mixin
+
+
+def _refresh_class(layer: nn.Module) -> None:
+    mixin: type[Adapted] = layer.mixin  # type: ignore[assignment]
+    changes = [item for adapter in layer.adapters.values() for item in adapter.items()]  # type: ignore[union-attr, operator]
+    weights = [change for attribute, change in changes if attribute == "weight"]
+    if mixin is Branched and not all(isinstance(change, Delta) and change.branched for change in weights):
+        mixin = Materialised
+    layer.__class__ = adapted_class(mixin, own_class(layer), frozenset(attribute for attribute, _ in changes))
+
+
+def _reader(attribute: str) -> property:
+    def read(self: Adapted) -> Tensor | None:
+        try:
+            return self.effective(attribute)
+        except AttributeError as e:
+            # nn.Module.__getattr__ would answer an AttributeError with the base tensor: a silent wrong result
+            raise RuntimeError(f"{attribute} of {type(self).__name__}: {e}") from e
+
+    return property(read)
+
+
+def _rebuild(mixin: type[Adapted], own: type[nn.Module], changed: frozenset[str]) -> Any:
+    return copyreg.__newobj__(adapted_class(mixin, own, changed))  # type: ignore[attr-defined]

@@ -1,0 +1,123 @@
+"""What one adapter does to one tensor of a layer: a computed change or a value of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.core.geometry import Geometry
+from visionlora.errors import StateError
+
+
+class Change(nn.Module, ABC):
+    """One adapter's effect on one tensor."""
+
+    @abstractmethod
+    def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
+        """Return `total` (the base plus other adapters' changes) with this change, at a strength, added."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        # a checkpoint of the base alone must load with strict=True while adapters are attached
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Delta(Change):
+    """One trainable change to one weight, seen as (out, in, *kernel).
+
+    `change` is the truth. A variant that can reach the same output more cheaply sets `branched` and defines `branch`.
+    """
+
+    branched: ClassVar[bool] = False
+
+    def __init__(self, geometry: Geometry, rank: int, scale: float) -> None:
+        super().__init__()
+        self.geometry, self.rank, self.scale = geometry, rank, scale
+
+    @abstractmethod
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is added to the base weight, same shape and dtype; the weight is float32 or wider."""
+
+    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what is added to the layer's output."""
+        raise NotImplementedError
+
+    def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
+        canonical, stored = self.geometry.canonical, self.geometry.stored
+        change = self.change(canonical(base))
+        return total + stored(change if strength == 1 else strength * change)
+
+
+class Parts(Delta):
+    """Separate changes of some row ranges of a fused weight: q and v of a qkv projection."""
+
+    def __init__(self, geometry: Geometry, parts: dict[str, tuple[int, Delta]]) -> None:
+        deltas = {name: delta for name, (_, delta) in parts.items()}
+        super().__init__(geometry, next(iter(deltas.values())).rank, next(iter(deltas.values())).scale)
+        self.deltas = nn.ModuleDict(deltas)
+        self.starts = {name: start for name, (start, _) in parts.items()}
+
+    @property
+    def branched(self) -> bool:  # type: ignore[override]
+        return all(delta.branched for delta in self.deltas.values())  # type: ignore[union-attr]
+
+    def _rows(self) -> list[tuple[int, Delta]]:
+        return [(self.starts[name], delta) for name, delta in self.deltas.items()]  # type: ignore[misc]
+
+    def change(self, weight: Tensor) -> Tensor:
+        out = torch.zeros_like(weight)
+        for start, delta in self._rows():
+            rows = slice(start, start + delta.geometry.out)
+            out[rows] = delta.change(weight[rows])
+        return out
+
+    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+        rows = sorted(self._rows(), key=lambda row: row[0])
+        pieces, end = [], 0
+        for start, delta in rows:
+            piece = delta.branch(layer, x)
+            channels = 1 if delta.geometry.kind == "conv" else piece.ndim - 1
+            pieces += [_zeros(piece, channels, start - end), piece]
+            end = start + delta.geometry.out
+        return torch.cat([*pieces, _zeros(piece, channels, self.geometry.out - end)], dim=channels)
+
+
+class Value(Change):
+    """A tensor of the layer replaced by the adapter's own: head, bias, normalisation.
+
+    At strength t the layer sees start + t * (value - start). The start is the base's tensor, or, for a head that the
+    base does not know (fresh classes), a stored one.
+    """
+
+    def __init__(self, value: Tensor, *, trainable: bool, start: Tensor | None = None) -> None:
+        super().__init__()
+        self.trainable = trainable
+        self.anchored = True
+        """False: the base's tensor is not the one this value was trained from, so only strength 1 has a meaning."""
+        if trainable:
+            self.value = nn.Parameter(value.detach().clone())
+        else:
+            self.register_buffer("value", value.detach().clone())
+        self.register_buffer("start", None if start is None else start.detach().clone())
+
+    def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
+        if total is not base:
+            raise StateError("two active adapters own the same head, bias or normalisation; activate one of them")
+        if strength == 1:
+            return self.value
+        start = base if self.start is None else self.start
+        if not self.anchored or start.shape != self.value.shape:
+            raise StateError(
+                f"strength {strength} needs the tensor this adapter was trained from, which this base does not have "
+                "(another head); use strength 1"
+            )
+        return torch.lerp(start.to(self.value.dtype), self.value, strength)
+
+
+def _zeros(like: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(like.shape)
+    shape[dim] = size
+    return like.new_zeros(shape)

@@ -1,0 +1,148 @@
+"""Fold the active adapters into the weights, and give the stored base back."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.adapt import Registry, adapted_layers, registry_of
+from visionlora.core.attach import Adapted, own_class
+from visionlora.errors import StateError
+from visionlora.plan import base_tensor
+from visionlora.targets import head_layers
+
+
+@dataclass
+class Stashed:
+    """One layer as it was before the merge."""
+
+    layer: nn.Module
+    adapted: type[nn.Module]
+    attributes: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sizes: dict[str, int]
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Change the model in place: fold the active adapters into the weights, which then belong to plain layers.
+
+    Outputs stay, the cost of the adapters goes. The base is kept aside for unmerge. Raises StateError, the model
+    untouched, where nothing is active or a merged weight would not be finite.
+    """
+    registry = registry_of(model)
+    if not registry.active:
+        raise StateError("no adapter is active; call activate first")
+    layers = adapted_layers(model)
+    with torch.no_grad():
+        merged = {name: {a: layer.effective(a) for a in layer.changed} for name, layer in layers.items()}
+    for name, tensors in merged.items():
+        for attribute, tensor in tensors.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise StateError(f"the merged {attribute} of {name} is not finite; the adapter is damaged, remove it")
+    registry.merged = [_fold(layer, merged[name]) for name, layer in layers.items()]
+    _tell_classes(model)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Change the model in place: put the stored base and its adapters back, bit for bit. Nothing is subtracted."""
+    registry: Registry | None = model.__dict__.get("_visionlora")
+    if registry is None or registry.merged is None:
+        raise StateError("nothing is merged; call merge first")
+    for stashed in registry.merged:
+        _unfold(stashed)
+    registry.merged = None
+    _tell_classes(model)
+    return model
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's own tensors under the keys timm and transformers gave them; merged ones after merge."""
+    inside = tuple(f"{name}.adapters." if name else "adapters." for name in adapted_layers(model))
+    return {key: tensor for key, tensor in model.state_dict().items() if not (inside and key.startswith(inside))}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over names, types, shapes and bytes of the base without its head, which every adapter replaces."""
+    if "_visionlora" in model.__dict__:
+        registry_of(model)
+    heads = tuple(f"{name}." for name in head_layers(model))
+    digest = hashlib.sha256()
+    for key, tensor in sorted(base_state_dict(model).items()):
+        if not (heads and key.startswith(heads)) and not key.endswith("num_batches_tracked"):
+            digest.update(tensor_digest(key, tensor))
+    return digest.hexdigest()
+
+
+def head_fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over the base's own head."""
+    heads = tuple(f"{name}." for name in head_layers(model))
+    own = {key: tensor for key, tensor in sorted(base_state_dict(model).items()) if heads and key.startswith(heads)}
+    return hashlib.sha256(b"".join(tensor_digest(key, tensor) for key, tensor in own.items())).hexdigest()
+
+
+def tensor_digest(key: str, tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a named tensor: name, type, shape and bytes."""
+    digest = hashlib.sha256(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _fold(layer: Adapted, merged: dict[str, Tensor | None]) -> Stashed:
+    base = {a: t for a in merged if (t := base_tensor(layer, a)) is not None}
+    kept = {
+        key: layer.__dict__.get(key, layer._modules.get(key)) for key in ("adapters", "active", "geometry", "mixin")
+    }
+    stashed = Stashed(layer, type(layer), kept, base, _sizes(layer))
+    layer.__class__ = own_class(layer)
+    del layer.adapters, layer.active, layer.geometry, layer.mixin
+    for attribute, tensor in merged.items():
+        if tensor is not None:
+            _set(layer, attribute, tensor)
+    return stashed
+
+
+def _unfold(stashed: Stashed) -> None:
+    layer = stashed.layer
+    for attribute, tensor in stashed.tensors.items():
+        current = base_tensor(layer, attribute)
+        assert current is not None
+        _restore(layer, attribute, tensor, current)
+    for key, value in stashed.attributes.items():
+        setattr(layer, key, value)
+    layer.adapters.to(current.device if stashed.tensors else None)  # type: ignore[operator]
+    layer.__class__ = stashed.adapted
+    for key, size in stashed.sizes.items():
+        setattr(layer, key, size)
+
+
+def _set(layer: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if attribute in layer._parameters:
+        layer._parameters[attribute] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+    else:
+        layer._buffers[attribute] = tensor.detach().clone()
+    if attribute == "weight" and isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = tensor.shape
+    elif attribute == "weight" and isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
+        layer.out_channels = tensor.shape[0]
+
+
+def _restore(layer: nn.Module, attribute: str, tensor: Tensor, current: Tensor) -> None:
+    # the very same Parameter object comes back; a model that was moved or cast in between takes its base along
+    tensor.data = tensor.data.to(current.device, current.dtype)
+    (layer._parameters if attribute in layer._parameters else layer._buffers)[attribute] = tensor  # type: ignore[index]
+
+
+def _sizes(layer: nn.Module) -> dict[str, int]:
+    names = ("in_features", "out_features", "out_channels")
+    return {name: layer.__dict__[name] for name in names if name in layer.__dict__}
+
+
+def _tell_classes(model: nn.Module) -> None:
+    heads = [model.get_submodule(name) for name in head_layers(model)]
+    if "num_classes" in model.__dict__ and len(heads) == 1 and isinstance(heads[0], nn.Linear):
+        model.num_classes = heads[0].out_features  # type: ignore[assignment]

@@ -1,0 +1,177 @@
+"""What one adapter consists of on one model: layers with their ranks and scales, and the tensors it owns in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from visionlora.config import LoraConfig, did_you_mean
+from visionlora.core.attach import Adapted, Branched, Materialised
+from visionlora.core.delta import Change, Delta, Parts, Value
+from visionlora.core.geometry import geometry_of
+from visionlora.core.norms import FrozenNorm, batch_norms, is_norm, norm_values
+from visionlora.errors import TargetError
+from visionlora.targets import Site, head_layers, owner_reads_weight, select
+from visionlora.variants import VARIANTS
+
+Role = Literal["head", "norm", "bias", "saved"]
+Changes = dict[str, dict[str, Change]]
+"""Layer name -> attribute -> change."""
+
+_SMALL_HEAD = 1 << 16  # elements; a head this small keeps its start in the adapter, so that strength needs no base head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structure of an adapter, without its numbers."""
+
+    config: LoraConfig
+    sites: tuple[Site, ...]
+    values: dict[str, dict[str, Role]]
+    """Layer name -> attribute -> why the adapter owns this tensor."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain data that from_record reads back on the same kind of model."""
+        layers = {
+            s.name: {"rank": s.rank, "scale": s.scale, "parts": {k: list(v) for k, v in s.parts.items()}}
+            for s in self.sites
+        }
+        return {
+            "config": self.config.to_dict(),
+            "layers": layers,
+            "values": {n: dict(v) for n, v in self.values.items()},
+        }
+
+    @classmethod
+    def from_record(cls, model: nn.Module, record: dict[str, Any]) -> Plan:
+        """Return the plan a record describes. Raises TargetError for a layer or tensor the model does not have."""
+        config = LoraConfig.from_dict(record["config"])
+        layers = dict(model.named_modules())
+        for name in (*record["layers"], *record["values"]):
+            if name not in layers:
+                raise TargetError(f"{type(model).__name__} has no layer {name!r}{did_you_mean(name, list(layers))}")
+        sites = tuple(_recorded_site(name, layers[name], entry) for name, entry in record["layers"].items())
+        for name, attributes in record["values"].items():
+            for attribute in attributes:
+                if base_tensor(layers[name], attribute) is None:
+                    raise TargetError(f"layer {name!r} of {type(model).__name__} has no {attribute!r}")
+        return cls(config, sites, {n: dict(v) for n, v in record["values"].items()})
+
+
+def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
+    """Return what the config means on this model."""
+    sites = tuple(select(model, config))
+    targeted = {site.name for site in sites}
+    values: dict[str, dict[str, Role]] = {}
+    for role, names in (("head", _head(model, config)), ("saved", _saved(model, config))):
+        for name in names:
+            if name not in targeted:
+                own = model.get_submodule(name)._parameters
+                values.setdefault(name, {a: role for a, p in own.items() if p is not None})  # type: ignore[misc]
+    for name, layer in model.named_modules():
+        attributes = dict.fromkeys(norm_values(layer, config.norm), "norm") if is_norm(layer) else {}
+        if config.bias == "all" or (config.bias == "lora_only" and name in targeted):
+            attributes |= {"bias": "bias"} if layer._parameters.get("bias") is not None else {}
+        if attributes:
+            values[name] = {**attributes, **values.get(name, {})}  # type: ignore[dict-item]
+    _check_norm(model, config)
+    plan = Plan(config, sites, values)
+    if not sites and not values:
+        raise TargetError("this config trains nothing: no layer, no head, no normalisation; set target_modules or norm")
+    return plan
+
+
+def build(model: nn.Module, plan: Plan) -> Changes:
+    """Return fresh changes for every planned tensor, and an empty entry for a BatchNorm that is only held still."""
+    changes: Changes = {name: {} for name in batch_norms(model)}
+    for site in plan.sites:
+        changes.setdefault(site.name, {})["weight"] = _delta(model.get_submodule(site.name), site, plan.config)
+    for name, attributes in plan.values.items():
+        layer = model.get_submodule(name)
+        for attribute, role in attributes.items():
+            changes.setdefault(name, {})[attribute] = _value(layer, attribute, role)
+    return changes
+
+
+def mixin_of(model: nn.Module, name: str) -> type[Adapted]:
+    """Return how a layer can be adapted."""
+    layer, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return FrozenNorm
+    geometry = geometry_of(layer)
+    return Branched if geometry is not None and geometry.known and not owner_reads_weight(owner) else Materialised
+
+
+def base_tensor(layer: nn.Module, attribute: str) -> Tensor | None:
+    """Return the stored tensor of a layer, adapted or not."""
+    found = layer._parameters.get(attribute)
+    return layer._buffers.get(attribute) if found is None else found
+
+
+def _delta(layer: nn.Module, site: Site, config: LoraConfig) -> Delta:
+    geometry, variant = site.geometry, VARIANTS[config.variant]
+    weight = base_tensor(layer, "weight")
+    assert weight is not None
+    weight = geometry.canonical(weight.detach())
+    if not site.parts:
+        return variant(geometry, weight, site.rank, site.scale, config)
+    rows = {part: (a, geometry.rows(b - a)) for part, (a, b) in site.parts.items()}
+    return Parts(
+        geometry,
+        {p: (a, variant(geo, weight[a : a + geo.out], site.rank, site.scale, config)) for p, (a, geo) in rows.items()},
+    )
+
+
+def _value(layer: nn.Module, attribute: str, role: Role) -> Value:
+    base = base_tensor(layer, attribute)
+    assert base is not None
+    small_head = role == "head" and base.numel() <= _SMALL_HEAD
+    value = base.detach().float() if role == "head" and base.is_floating_point() and base.itemsize < 4 else base
+    return Value(value, trainable=attribute in layer._parameters, start=value if small_head else None)
+
+
+def _recorded_site(name: str, layer: nn.Module, entry: dict[str, Any]) -> Site:
+    geometry = geometry_of(layer)
+    if geometry is None:
+        raise TargetError(f"layer {name!r} is a {type(layer).__name__}, which owns no weight we can adapt")
+    parts = {part: (int(rows[0]), int(rows[1])) for part, rows in entry["parts"].items()}
+    if any(not 0 <= a < b <= geometry.out for a, b in parts.values()):
+        raise TargetError(f"the parts {parts} of layer {name!r} lie outside its {geometry.out} rows")
+    return Site(name, geometry, int(entry["rank"]), float(entry["scale"]), parts)
+
+
+def _head(model: nn.Module, config: LoraConfig) -> list[str]:
+    return [] if config.modules_to_save == "none" else head_layers(model)
+
+
+def _saved(model: nn.Module, config: LoraConfig) -> list[str]:
+    if isinstance(config.modules_to_save, str):
+        return []
+    found: list[str] = []
+    names = [n for n, _ in model.named_modules() if n]
+    for entry in config.modules_to_save:
+        hits = [n for n in names if n == entry or n.endswith(f".{entry}")]
+        if not hits:
+            raise TargetError(f'modules_to_save: no module matches "{entry}"{did_you_mean(entry, names)}')
+        found += _leaves(model, hits)
+    return found
+
+
+def _leaves(model: nn.Module, owners: Iterable[str]) -> list[str]:
+    return [
+        f"{owner}.{leaf}" if leaf else owner
+        for owner in owners
+        for leaf, layer in model.get_submodule(owner).named_modules()
+        if any(p is not None for p in layer._parameters.values())
+    ]
+
+
+def _check_norm(model: nn.Module, config: LoraConfig) -> None:
+    if config.norm == "stats" and not batch_norms(model):
+        raise TargetError(
+            f'norm="stats" re-estimates BatchNorm statistics and {type(model).__name__} has no BatchNorm; '
+            'use norm="frozen", or norm="affine" to train scale and shift of its other norms'
+        )

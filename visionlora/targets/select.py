@@ -1,0 +1,169 @@
+"""From a config and a model to a list of layers, ranks and scales; every typo is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from visionlora.config import LoraConfig, compile_pattern, did_you_mean
+from visionlora.core.geometry import Geometry, geometry_of
+from visionlora.errors import TargetError
+from visionlora.targets.heads import head_layers
+from visionlora.targets.parts import split_entry, split_rows
+from visionlora.targets.presets import auto
+
+KEYWORDS: dict[str, Callable[[Geometry], bool]] = {
+    "all-linear": lambda geo: geo.kind != "conv",
+    "all-conv": lambda geo: geo.kind == "conv" and not geo.depthwise,
+    "all": lambda geo: not geo.depthwise,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that changes: where, by which rank, how strongly."""
+
+    name: str
+    geometry: Geometry
+    rank: int
+    scale: float
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Row ranges of a fused layer that change, by part name; empty: the whole layer."""
+
+
+def select(model: nn.Module, config: LoraConfig) -> list[Site]:
+    """Return the layers the config means, in model order. Raises TargetError for no match, a typo, a rank too large."""
+    candidates = {n: geo for n, m in model.named_modules() if n and (geo := geometry_of(m)) is not None}
+    chosen = _chosen(model, config, candidates)
+    excluded = _matches(config.exclude_modules, candidates, model, "exclude_modules") if config.exclude_modules else {}
+    chosen = {name: parts for name, parts in chosen.items() if name not in excluded}
+    if not chosen and config.target_modules != "none":
+        raise TargetError(
+            f"target_modules={config.target_modules!r} leaves no layer of {type(model).__name__} to adapt"
+        )
+    _check_patterns(config.rank_pattern, chosen, "rank_pattern")
+    _check_patterns(config.alpha_pattern, chosen, "alpha_pattern")
+    by_name = not _is_keyword(config.target_modules)
+    sites = [
+        _site(n, candidates[n], parts, model, config, by_name)
+        for n in candidates
+        if (parts := chosen.get(n)) is not None
+    ]
+    return [site for site in sites if site.rank]
+
+
+def _is_keyword(targets: str | list[str]) -> bool:
+    return isinstance(targets, str) and (targets in KEYWORDS or targets in ("auto", "none"))
+
+
+def _chosen(model: nn.Module, config: LoraConfig, candidates: dict[str, Geometry]) -> dict[str, tuple[str, ...]]:
+    targets, heads = config.target_modules, head_layers(model)
+    if targets == "none":
+        return {}
+    if targets == "auto":
+        return dict.fromkeys(auto(model, candidates, heads), ())
+    if isinstance(targets, str) and targets in KEYWORDS:
+        return {n: () for n, geo in candidates.items() if n not in heads and KEYWORDS[targets](geo)}
+    found = _matches(targets, candidates, model, "target_modules")
+    named = [split_entry(entry)[0] for entry in targets] if not isinstance(targets, str) else []
+    kept = {n: parts for n, parts in found.items() if n not in heads or n in named}
+    if found and not kept:
+        raise TargetError(
+            f"target_modules={targets!r} matches only the classifier head {', '.join(found)}, which is trained in full; "
+            "to make it low-rank all the same, give its whole name in a list"
+        )
+    return kept
+
+
+def _matches(
+    targets: str | Iterable[str], candidates: dict[str, Geometry], model: nn.Module, where: str
+) -> dict[str, tuple[str, ...]]:
+    if isinstance(targets, str):
+        pattern = compile_pattern(targets, where)
+        found: dict[str, tuple[str, ...]] = {n: () for n in candidates if pattern.fullmatch(n)}
+        return found or _no_match(targets, candidates, model, where)
+    found = {}
+    for entry in targets:
+        name, parts = split_entry(entry)
+        hits = [n for n in candidates if n == name or n.endswith(f".{name}")]
+        if not hits:
+            _no_match(name, candidates, model, where)
+        found |= {n: (*found.get(n, ()), *parts) if parts else () for n in hits}
+    return found
+
+
+def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, where: str) -> dict[str, tuple[str, ...]]:
+    model_name = type(model).__name__
+    others = [n for n, _ in model.named_modules() if n and (n == name or n.endswith(f".{name}"))]
+    if others:
+        kind = type(model.get_submodule(others[0])).__name__
+        raise TargetError(
+            f'{where}: "{name}" is {len(others)} module(s) of class {kind}, which owns no weight we can adapt; '
+            f"name the layers inside, e.g. {_inside(others[0], candidates)}"
+        )
+    endings: dict[str, int] = {}
+    for candidate in candidates:
+        path = candidate.split(".")
+        for i in range(len(path)):
+            ending = ".".join(path[i:])
+            endings[ending] = endings.get(ending, 0) + 1
+    near = did_you_mean(name, list(endings))
+    count = (
+        f" ({endings[near.split(chr(34))[1]]} layers)"
+        if near
+        else f"; visionlora info --model lists its {len(candidates)} layers"
+    )
+    raise TargetError(f'{where}: no layer matches "{name}" in {model_name}{near}{count}')
+
+
+def _inside(owner: str, candidates: dict[str, Geometry]) -> str:
+    return next((f'"{n}"' for n in candidates if n.startswith(f"{owner}.")), "another module")
+
+
+def pattern_value(patterns: dict[str, float], name: str) -> float | None:
+    """Return the value of the first pattern that matches a layer name's ending, as PEFT reads patterns."""
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), None)
+
+
+def _check_patterns(patterns: dict[str, float] | dict[str, int], names: Iterable[str], where: str) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            endings = sorted({n.rpartition(".")[2] for n in names})
+            raise TargetError(f'{where}: no adapted layer matches "{pattern}"{did_you_mean(pattern, endings + names)}')
+
+
+def _site(
+    name: str, geo: Geometry, parts: tuple[str, ...], model: nn.Module, config: LoraConfig, by_name: bool
+) -> Site:
+    asked = pattern_value(dict(config.rank_pattern), name)
+    rank = config.r if asked is None else int(asked)
+    scale = config.scale(rank, pattern_value(dict(config.alpha_pattern), name))
+    rows = split_rows(model, name, geo, parts) if parts else {}
+    smallest = geo.rows(min(stop - start for start, stop in rows.values())) if rows else geo
+    if by_name or asked is not None:
+        _check_rank(name, smallest, rank)
+    # a keyword meets layers of every width: small ones get the largest rank that still is a saving, at the same scale
+    return Site(name, geo, min(rank, smallest.break_even_rank), scale, rows)
+
+
+def _check_rank(name: str, geo: Geometry, rank: int) -> None:
+    shape = "x".join(map(str, geo.shape)) + (f", {geo.groups} groups" if geo.groups > 1 else "")
+    if not geo.break_even_rank:
+        raise TargetError(
+            f"{name} ({shape}) has so few weights that every low-rank change is larger than the layer; "
+            f'leave it out (exclude_modules=["{name}"]) or train it in full (modules_to_save=["{name}"])'
+        )
+    if rank > geo.max_rank:
+        raise TargetError(
+            f"{name} ({shape}) is a matrix of rank {geo.max_rank} at most, r={rank} is larger; "
+            f'set rank_pattern={{"{name}": {geo.break_even_rank}}} or a smaller r'
+        )
+    if rank > geo.break_even_rank:
+        raise TargetError(
+            f"{name} ({shape}): at r={rank} the change has more parameters than the weight; "
+            f'set rank_pattern={{"{name}": {geo.break_even_rank}}} or a smaller r'
+        )
