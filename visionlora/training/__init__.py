@@ -1,0 +1,1 @@
+"""Training with Lightning: what every image or text model needs and no model knows about."""
