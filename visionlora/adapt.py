@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
 from visionlora.core.attach import Adapted, attach, detach
 from visionlora.core.delta import Delta, Value
-from visionlora.core.geometry import geometry_of
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
 from visionlora.targets import Cure, cure
@@ -62,7 +61,7 @@ def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainab
             layer = model.get_submodule(layer_name)
             for change in layer_changes.values():
                 change.train(layer.training)
-            attach(layer, name, layer_changes, mixin_of(model, layer_name), geometry_of(layer))
+            attach(layer, name, layer_changes, mixin_of(model, layer_name))
             done.append(layer_name)
     except TypeError as e:  # a class that cannot be subclassed or reassigned: a scripted module, say
         for layer_name in done:
@@ -83,7 +82,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
             if gone in layer.adapters:
                 detach(layer, gone)
         for book in (registry.plans, registry.trainable, registry.active):
-            book.pop(gone, None)  # type: ignore[attr-defined]
+            book.pop(gone, None)
     if not registry.plans:
         for fix in registry.cures:
             fix.undo()
@@ -159,7 +158,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Pa
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return every tensor of an adapter as {"layer/attribute/tensor": tensor}: all that makes it differ from the base."""
+    """Return all that makes an adapter differ from the base, as {"layer/attribute/tensor": tensor}."""
     check_known_name(model, name)
     return {
         f"{layer_name}/{attribute}/{tensor_name}": tensor.detach()
@@ -206,7 +205,7 @@ def build_like(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> Chan
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raise InertAdapterError, to be called after a backward pass, if a trainable adapter tensor received no gradient."""
+    """Raise InertAdapterError if, after a backward pass, a trainable adapter tensor has no gradient."""
     inert: list[str] = []
     for name in registry_of(model).active:
         groups = adapter_parameters(model, name)
@@ -215,8 +214,8 @@ def check_gradients(model: nn.Module) -> None:
         layers = sorted({n.partition(".adapters.")[0] for n in inert})
         shown = ", ".join(layers[:5]) + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")
         raise InertAdapterError(
-            f"no gradient reached the adapters of {shown}: the model does not call these layers in its forward pass, or "
-            "reads their weight directly, or the pass was cut (no_grad, detach); exclude them with "
+            f"no gradient reached the adapters of {shown}: the model does not call these layers in its forward pass, "
+            "or reads their weight directly, or the pass was cut (no_grad, detach); exclude them with "
             f"exclude_modules={layers[:5]}"
         )
 

@@ -87,7 +87,9 @@ class LoraConfig:
         known = [f.name for f in fields(cls)]
         for key in data:
             if key not in known:
-                raise ConfigError(f"LoraConfig has no field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}")
+                raise ConfigError(
+                    f"LoraConfig has no field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}"
+                )
         return cls(**data)
 
 

@@ -1,17 +1,17 @@
 """The exception tree: every error a user can meet derives from VisionLoRAError.
 
-    VisionLoRAError
-    ├── ConfigError             a setting that cannot work, before any model is touched
-    ├── TargetError             the config does not fit the model: no match, typo, rank too large
-    │   └── InertAdapterError   an adapter that received no gradient
-    ├── StateError              a verb in the wrong order: merge twice, unknown adapter name
-    ├── AdapterFileError        a file that is not a sound adapter
-    │   └── BaseMismatchError   a sound adapter, but for another base model
-    ├── DataError               images, labels or splits that cannot be trusted
-    │   └── ImageError          one unreadable image
-    └── TrainingError           a run that must stop
-        ├── NonFiniteError      NaN or infinity in the loss
-        └── ResumeError         a checkpoint that does not fit the run
+VisionLoRAError
+├── ConfigError             a setting that cannot work, before any model is touched
+├── TargetError             the config does not fit the model: no match, typo, rank too large
+│   └── InertAdapterError   an adapter that received no gradient
+├── StateError              a verb in the wrong order: merge twice, unknown adapter name
+├── AdapterFileError        a file that is not a sound adapter
+│   └── BaseMismatchError   a sound adapter, but for another base model
+├── DataError               images, labels or splits that cannot be trusted
+│   └── ImageError          one unreadable image
+└── TrainingError           a run that must stop
+    ├── NonFiniteError      NaN or infinity in the loss
+    └── ResumeError         a checkpoint that does not fit the run
 """
 
 

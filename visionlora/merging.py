@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.adapt import Registry, adapted_layers, registry_of
-from visionlora.core.attach import Adapted, own_class
+from visionlora.core.attach import Adapted, strip
 from visionlora.errors import StateError
 from visionlora.plan import base_tensor
 from visionlora.targets import head_layers
@@ -21,7 +21,7 @@ class Stashed:
     """One layer as it was before the merge."""
 
     layer: nn.Module
-    adapted: type[nn.Module]
+    adapted: type[Adapted]
     attributes: dict[str, Any]
     tensors: dict[str, Tensor]
     sizes: dict[str, int]
@@ -67,7 +67,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over names, types, shapes and bytes of the base without its head, which every adapter replaces."""
+    """Return a SHA-256 of the base: names, types, shapes and bytes, without the head, which every adapter replaces."""
     if "_visionlora" in model.__dict__:
         registry_of(model)
     heads = tuple(f"{name}." for name in head_layers(model))
@@ -88,18 +88,15 @@ def head_fingerprint(model: nn.Module) -> str:
 def tensor_digest(key: str, tensor: Tensor) -> bytes:
     """Return the SHA-256 of a named tensor: name, type, shape and bytes."""
     digest = hashlib.sha256(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
 def _fold(layer: Adapted, merged: dict[str, Tensor | None]) -> Stashed:
     base = {a: t for a in merged if (t := base_tensor(layer, a)) is not None}
-    kept = {
-        key: layer.__dict__.get(key, layer._modules.get(key)) for key in ("adapters", "active", "geometry", "mixin")
-    }
+    kept = {key: layer.__dict__.get(key, layer._modules.get(key)) for key in ("adapters", "active", "mixin")}
     stashed = Stashed(layer, type(layer), kept, base, _sizes(layer))
-    layer.__class__ = own_class(layer)
-    del layer.adapters, layer.active, layer.geometry, layer.mixin
+    strip(layer)
     for attribute, tensor in merged.items():
         if tensor is not None:
             _set(layer, attribute, tensor)
@@ -111,11 +108,11 @@ def _unfold(stashed: Stashed) -> None:
     for attribute, tensor in stashed.tensors.items():
         current = base_tensor(layer, attribute)
         assert current is not None
+        stashed.attributes["adapters"].to(current.device)
         _restore(layer, attribute, tensor, current)
+    layer.__class__ = stashed.adapted
     for key, value in stashed.attributes.items():
         setattr(layer, key, value)
-    layer.adapters.to(current.device if stashed.tensors else None)  # type: ignore[operator]
-    layer.__class__ = stashed.adapted
     for key, size in stashed.sizes.items():
         setattr(layer, key, size)
 
@@ -134,7 +131,10 @@ def _set(layer: nn.Module, attribute: str, tensor: Tensor) -> None:
 def _restore(layer: nn.Module, attribute: str, tensor: Tensor, current: Tensor) -> None:
     # the very same Parameter object comes back; a model that was moved or cast in between takes its base along
     tensor.data = tensor.data.to(current.device, current.dtype)
-    (layer._parameters if attribute in layer._parameters else layer._buffers)[attribute] = tensor  # type: ignore[index]
+    if isinstance(tensor, nn.Parameter):
+        layer._parameters[attribute] = tensor
+    else:
+        layer._buffers[attribute] = tensor
 
 
 def _sizes(layer: nn.Module) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from visionlora.core.delta import Change, Delta
-from visionlora.core.geometry import Geometry, widened
+from visionlora.core.geometry import widened
 from visionlora.errors import StateError
 
 try:
@@ -26,7 +26,6 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     active: dict[str, float]
-    geometry: Geometry | None
     mixin: type[Adapted]
     changed: ClassVar[frozenset[str]] = frozenset()
 
@@ -104,16 +103,13 @@ def own_class(layer: nn.Module) -> type[nn.Module]:
     return type(layer).__bases__[1] if isinstance(layer, Adapted) else type(layer)
 
 
-def attach(
-    layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted], geometry: Geometry | None
-) -> None:
-    """Change the layer in place: give it an adapter, inactive."""
+def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted]) -> None:
+    """Change the layer in place: give it an adapter, inactive. Raises TypeError, nothing done, for a scripted layer."""
     if not isinstance(layer, Adapted):
-        layer.add_module("adapters", nn.ModuleDict())
-        layer.active = {}
-        layer.geometry = geometry
-        layer.mixin = mixin
-    layer.adapters[name] = nn.ModuleDict(changes)  # type: ignore[union-attr, operator]
+        layer.__class__ = adapted_class(mixin, type(layer), frozenset())
+        assert isinstance(layer, Adapted)
+        layer.adapters, layer.active, layer.mixin = nn.ModuleDict(), {}, mixin
+    layer.adapters[name] = nn.ModuleDict(changes)
     _refresh_class(layer)
 
 
@@ -124,13 +120,19 @@ def detach(layer: Adapted, name: str) -> None:
     if len(layer.adapters):
         _refresh_class(layer)
         return
-    layer.__class__ = own_class(layer)
-    del layer.adapters, layer.active, layer.geometry, layer.mixin
+    strip(layer)
 
 
-def _refresh_class(layer: nn.Module) -> None:
-    mixin: type[Adapted] = layer.mixin  # type: ignore[assignment]
-    changes = [item for adapter in layer.adapters.values() for item in adapter.items()]  # type: ignore[union-attr, operator]
+def strip(layer: Adapted) -> None:
+    """Change the layer in place: give it its own class and drop its adapters."""
+    own = own_class(layer)
+    del layer.adapters, layer.active, layer.mixin
+    layer.__class__ = own  # type: ignore[assignment]
+
+
+def _refresh_class(layer: Adapted) -> None:
+    mixin = layer.mixin
+    changes = [item for adapter in layer.adapters.values() for item in adapter.items()]  # type: ignore[operator]
     weights = [change for attribute, change in changes if attribute == "weight"]
     if mixin is Branched and not all(isinstance(change, Delta) and change.branched for change in weights):
         mixin = Materialised

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class Delta(Change):
     `change` is the truth. A variant that can reach the same output more cheaply sets `branched` and defines `branch`.
     """
 
-    branched: ClassVar[bool] = False
+    branched: bool = False
 
     def __init__(self, geometry: Geometry, rank: int, scale: float) -> None:
         super().__init__()
@@ -58,11 +57,8 @@ class Parts(Delta):
         deltas = {name: delta for name, (_, delta) in parts.items()}
         super().__init__(geometry, next(iter(deltas.values())).rank, next(iter(deltas.values())).scale)
         self.deltas = nn.ModuleDict(deltas)
+        self.branched = all(delta.branched for delta in deltas.values())
         self.starts = {name: start for name, (start, _) in parts.items()}
-
-    @property
-    def branched(self) -> bool:  # type: ignore[override]
-        return all(delta.branched for delta in self.deltas.values())  # type: ignore[union-attr]
 
     def _rows(self) -> list[tuple[int, Delta]]:
         return [(self.starts[name], delta) for name, delta in self.deltas.items()]  # type: ignore[misc]
@@ -102,6 +98,9 @@ class Value(Change):
         else:
             self.register_buffer("value", value.detach().clone())
         self.register_buffer("start", None if start is None else start.detach().clone())
+
+    value: Tensor
+    start: Tensor | None
 
     def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
         if total is not base:

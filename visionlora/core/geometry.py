@@ -62,7 +62,8 @@ class Geometry:
     def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Return x seen through the layer's own op with A as its weight: groups * r features."""
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return layer._conv_forward(x, A, None)  # stride, dilation and padding of every mode come with it
+            h: Tensor = layer._conv_forward(x, A, None)  # stride, dilation and padding of every mode come with it
+            return h
         return F.linear(x, A)
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
@@ -103,5 +104,5 @@ def widened(weight: Tensor) -> Tensor:
 
 
 def _is_hf_conv1d(layer: nn.Module) -> bool:
-    # transformers' Conv1D is a Linear whose weight is stored (in, out); compared by name so that transformers stays optional
+    # transformers' Conv1D is a Linear whose weight is stored (in, out); known by name: transformers stays optional
     return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in type(layer).__mro__)

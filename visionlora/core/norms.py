@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class FrozenNorm(Adapted):
     """A BatchNorm that uses stored statistics in every mode, train() included."""
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         return False
 
     @training.setter
@@ -118,7 +118,7 @@ def _own_statistics(layer: nn.Module) -> list[Tensor]:
     return [change.value for change in found if isinstance(change, Value)]
 
 
-def _values(tensors: dict[str, Tensor | None], names: tuple[str, ...], *, trainable: bool) -> dict[str, Value]:
+def _values(tensors: Mapping[str, Tensor | None], names: tuple[str, ...], *, trainable: bool) -> dict[str, Value]:
     return {name: Value(t, trainable=trainable) for name in names if (t := tensors.get(name)) is not None}
 
 

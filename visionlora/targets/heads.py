@@ -27,6 +27,6 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
     for name in _TOP_NAMES:
         top = model._modules.get(name)
         if top is not None:
-            linears = [m for m in top.modules() if isinstance(m, nn.Linear)]
+            linears: list[nn.Module] = [m for m in top.modules() if isinstance(m, nn.Linear)]
             return linears[-1:]
     return []

@@ -72,8 +72,8 @@ def _chosen(model: nn.Module, config: LoraConfig, candidates: dict[str, Geometry
     kept = {n: parts for n, parts in found.items() if n not in heads or n in named}
     if found and not kept:
         raise TargetError(
-            f"target_modules={targets!r} matches only the classifier head {', '.join(found)}, which is trained in full; "
-            "to make it low-rank all the same, give its whole name in a list"
+            f"target_modules={targets!r} matches only the classifier head {', '.join(found)}, which is trained "
+            "in full; to make it low-rank all the same, give its whole name in a list"
         )
     return kept
 

@@ -1,4 +1,4 @@
-"""DoRA: magnitude and direction apart, W' = m (W + scale B A) / ||W + scale B A|| (Liu et al. 2024, arXiv:2402.09353)."""
+"""DoRA: magnitude apart from direction, W' = m (W + sBA) / ||W + sBA|| (Liu et al. 2024, arXiv:2402.09353)."""
 
 from __future__ import annotations
 
@@ -30,4 +30,5 @@ class DoRA(LowRank):
 
 
 def _row_norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)), keepdim=True)
+    return norm
