@@ -1,0 +1,1 @@
+"""The verbs of the command, one file each; a file is imported when its verb runs."""

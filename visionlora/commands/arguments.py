@@ -1,0 +1,67 @@
+"""The flags of the plain verbs. Imports nothing heavy: `visionlora VERB --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from visionlora.config import did_you_mean
+from visionlora.errors import ConfigError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without guessed abbreviations, whose errors are two lines with a "did you mean"."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.takes_rest = False
+        """Flags that this parser does not know are passed on to the verb."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.prog} --help shows the options")
+
+    def unknown_option(self, word: str) -> str:
+        """Return the message for a word that is no option."""
+        flag = word.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        return f"there is no option {flag}{did_you_mean(flag, known)}\n{self.prog} --help shows the options"
+
+
+def info(parser: Parser) -> None:
+    """Declare the flags of info."""
+    parser.takes_rest = True
+    parser.usage = "%(prog)s ADAPTER | --model NAME [--lora.FIELD VALUE ...]"
+    parser.add_argument("adapter", nargs="?", help="directory of a saved adapter")
+    parser.add_argument("--model", help="timm name of a backbone: show what would be attached to it")
+    parser.add_argument("--num_classes", type=int, help="classes of the head (default: the model's own)")
+    parser.add_argument("--layers", action="store_true", help="list every layer of the adapter")
+    parser.epilog = "--lora.r, --lora.target_modules, ...: the fields of LoraConfig, written as for `visionlora fit`"
+
+
+def merge(parser: Parser) -> None:
+    """Declare the flags of merge."""
+    parser.add_argument("adapter", help="directory of a saved adapter")
+    parser.add_argument("out", help="the checkpoint to write, OUT.safetensors; timm loads it with checkpoint_path=OUT")
+    parser.add_argument("--checkpoint", help="weights of the base, where they are not at their public address")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def doctor(parser: Parser) -> None:
+    """Declare the flags of doctor."""
+    parser.add_argument("data", help="folder of class folders, or a CSV with the columns path,label[,domain][,split]")
+
+
+def scenes(parser: Parser) -> None:
+    """Declare the flags of scenes."""
+    parser.add_argument("out", help="folder to write to: OUT/<domain>/<class>/<number>.jpg")
+    parser.add_argument(
+        "--domains",
+        default="day,night_tilted,day_test,night_tilted_test",
+        help="comma-separated <condition>[_tilted][_test] (default: %(default)s)",
+    )
+    parser.add_argument("--per_class", type=int, default=60, help="images a class and domain (default: %(default)s)")
+    parser.add_argument(
+        "--test_per_class", type=int, default=30, help="the same for _test domains (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default: %(default)s)")
