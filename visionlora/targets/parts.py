@@ -48,7 +48,7 @@ def split_rows(model: nn.Module, name: str, geo: Geometry, parts: tuple[str, ...
             )
     if type(owner).__module__ not in _BLOCKED or geo.out % len(known) or geo.groups > 1:
         raise TargetError(
-            f"the rows of {name} in {type(owner).__name__} are not known to be blocks {', '.join(known)}; target it whole"
+            f"the rows of {name} in {type(owner).__name__} are no known blocks {', '.join(known)}; target it whole"
         )
     size = geo.out // len(known)
     return {part: (i * size, (i + 1) * size) for i, part in enumerate(known) if part in parts}

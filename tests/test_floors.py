@@ -1,0 +1,85 @@
+"""A file imports only from its own room and from lower floors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import visionlora
+
+ROOT = Path(visionlora.__file__).parent
+FLOORS: list[set[str]] = [
+    {"errors", "config", "atomic"},
+    {"core.geometry", "core.delta"},
+    {"core.attach"},
+    {"core.norms", "variants"},
+    {"targets"},
+    {"plan"},
+    {"adapt"},
+    {"merging", "summary"},
+    {"io", "data"},
+    {"training", "vision"},
+    {"report"},
+    {"commands", "cli"},
+    {"__main__"},
+]
+MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "summary"}
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(name: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if any(name == room or name.startswith(f"{room}.") for room in rooms):
+            return number
+    raise AssertionError(f"visionlora.{name} is on no floor; add it to FLOORS")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_imports_go_down(path: Path) -> None:
+    name = dotted(path)
+    if name in ("core", "data", "vision", "training", "report", "io", "commands"):
+        return
+    for imported in imports(path):
+        if imported.startswith("visionlora."):
+            other = imported.removeprefix("visionlora.")
+            assert floor(other) <= floor(name), f"visionlora.{name} imports visionlora.{other}, which lies higher"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_the_core_needs_torch_alone(path: Path) -> None:
+    if dotted(path).partition(".")[0] in LIGHT:
+        allowed = {"torch", "visionlora", *sys.stdlib_module_names}
+        assert {name.partition(".")[0] for name in imports(path)} <= allowed
+
+
+def test_twins_do_not_know_each_other() -> None:
+    for room, twin in (("vision", "text"), ("text", "vision")):
+        for path in (ROOT / room).rglob("*.py") if (ROOT / room).exists() else ():
+            assert not any(name.startswith(f"visionlora.{twin}") for name in imports(path))
+
+
+def test_importing_the_package_loads_no_torch_and_using_it_no_lightning() -> None:
+    code = (
+        "import sys, visionlora as vl; assert 'torch' not in sys.modules; vl.apply_lora;"
+        "heavy = {'timm', 'pytorch_lightning', 'albumentations', 'transformers', 'torchvision', 'peft'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
