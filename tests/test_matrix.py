@@ -71,7 +71,9 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential,
     return nn.Sequential(make()).to(dtype).eval(), torch.randn(shape, dtype=dtype)
 
 
-def adapted(variant: str, kind: str, dtype: torch.dtype = torch.float64, **config: object) -> tuple[nn.Sequential, Tensor]:
+def adapted(
+    variant: str, kind: str, dtype: torch.dtype = torch.float64, **config: object
+) -> tuple[nn.Sequential, Tensor]:
     model, x = build(kind, dtype)
     vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"], variant=variant, **config))  # type: ignore[arg-type]
     return model, x
@@ -145,7 +147,9 @@ def test_gradients_are_those_of_finite_differences(variant: str, kind: str) -> N
     stir(model)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
-    assert torch.autograd.gradcheck(lambda *v: torch.func.functional_call(model, dict(zip(names, v, strict=True)), x), values)
+    assert torch.autograd.gradcheck(
+        lambda *v: torch.func.functional_call(model, dict(zip(names, v, strict=True)), x), values
+    )
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -155,12 +159,16 @@ def test_dora_follows_its_formula_with_the_norm_held_constant(kind: str) -> None
     delta = adapted_layers(model)["0"].adapters["default"]["weight"]
     W, A, B, m = model[0]._parameters["weight"].detach(), delta.A, delta.B, delta.m
     r, groups = delta.rank, delta.geometry.groups
-    product = torch.cat([delta.scale * b.flatten(1) @ a.flatten(1) for a, b in zip(A.split(r), B.chunk(groups), strict=True)])
+    product = torch.cat(
+        [delta.scale * b.flatten(1) @ a.flatten(1) for a, b in zip(A.split(r), B.chunk(groups), strict=True)]
+    )
     V = W + product.view_as(W)
     norm = V.detach().flatten(1).norm(dim=1).view(-1, *[1] * (W.ndim - 1))
     dense = m.view_as(norm) * V / norm
     twin, _ = build(kind)
-    grads = torch.autograd.grad(torch.func.functional_call(twin, {**vl.base_state_dict(model), "0.weight": dense}, x).sum(), [A, B, m])
+    grads = torch.autograd.grad(
+        torch.func.functional_call(twin, {**vl.base_state_dict(model), "0.weight": dense}, x).sum(), [A, B, m]
+    )
     ours = torch.autograd.grad(model(x).sum(), [A, B, m])
     assert_close(model(x), torch.func.functional_call(twin, {**vl.base_state_dict(model), "0.weight": dense}, x))
     assert_close(ours, grads)

@@ -47,7 +47,9 @@ def test_auto_takes_dense_convolutions_of_a_cnn(resnet: nn.Module, efficientnet:
     assert {"blocks.1.0.conv_pw", "blocks.6.0.conv_pwl", "conv_head"} <= set(chosen)
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "mobilevit_xxs", "maxvit_rmlp_pico_rw_256"])
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "convnext_atto", "mobilevit_xxs", "maxvit_rmlp_pico_rw_256"]
+)
 def test_auto_leaves_stem_head_gates_and_bias_networks_alone(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -69,7 +71,11 @@ def test_keywords_take_what_they_say_and_never_the_head(resnet: nn.Module, vit: 
 
 def test_lists_match_whole_names_and_endings(vit: nn.Module) -> None:
     assert names(vit, target_modules=["attn.qkv"]) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
-    assert names(vit, target_modules=["blocks.1.mlp.fc1", "qkv"]) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.fc1"]
+    assert names(vit, target_modules=["blocks.1.mlp.fc1", "qkv"]) == [
+        "blocks.0.attn.qkv",
+        "blocks.1.attn.qkv",
+        "blocks.1.mlp.fc1",
+    ]
 
 
 def test_a_regular_expression_matches_whole_names(vit: nn.Module) -> None:
@@ -87,7 +93,9 @@ def test_exclude_wins(vit: nn.Module) -> None:
 
 
 def test_a_typo_is_an_error_even_when_the_rest_matches(vit: nn.Module) -> None:
-    with pytest.raises(TargetError, match=r'no layer matches "atn.qkv" in VisionTransformer; did you mean "attn.qkv"\? \(2 layers\)'):
+    with pytest.raises(
+        TargetError, match=r'no layer matches "atn.qkv" in VisionTransformer; did you mean "attn.qkv"\? \(2 layers\)'
+    ):
         names(vit, target_modules=["attn.proj", "atn.qkv"])
 
 
@@ -140,7 +148,9 @@ def test_parts_are_refused_where_the_rows_are_not_known(vit: nn.Module) -> None:
 
 
 def test_rank_and_alpha_patterns(vit: nn.Module) -> None:
-    config = vl.LoraConfig(r=4, lora_alpha=8, rank_pattern={"mlp.fc1": 2, r"blocks\.1\..*": 3}, alpha_pattern={"qkv": 2})
+    config = vl.LoraConfig(
+        r=4, lora_alpha=8, rank_pattern={"mlp.fc1": 2, r"blocks\.1\..*": 3}, alpha_pattern={"qkv": 2}
+    )
     sites = {site.name: site for site in select(vit, config)}
     assert {n: s.rank for n, s in sites.items()} == {
         **{"blocks.0.attn.qkv": 4, "blocks.0.attn.proj": 4, "blocks.0.mlp.fc1": 2, "blocks.0.mlp.fc2": 4},
@@ -161,21 +171,29 @@ def test_a_rank_larger_than_the_layer_is_refused_with_the_reason() -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(8, 8, 3, groups=8))
     with pytest.raises(TargetError, match="rank 8 at most, r=9 is larger"):
         names(model, target_modules=["0"], r=9)
-    with pytest.raises(TargetError, match=r"at r=8 the change has more parameters than the weight; set rank_pattern=\{\"0\": 5\}"):
+    with pytest.raises(
+        TargetError, match=r"at r=8 the change has more parameters than the weight; set rank_pattern=\{\"0\": 5\}"
+    ):
         names(model, target_modules=["0"], r=8)
     with pytest.raises(TargetError, match="every low-rank change is larger than the layer"):
         names(model, target_modules=["1"], r=1)
     assert names(model, target_modules=["0"], r=5) == ["0"]
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "resnext50_32x4d", "mobilenetv3_small_050", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "resnext50_32x4d", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
+)
 def test_a_change_never_has_more_parameters_than_the_weight(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     weights = dict(model.named_parameters())
     vl.apply_lora(model, vl.LoraConfig(r=64))
     for layer in {n.rpartition(".")[0] for n in weights}:
-        changes = [p for n, p in model.named_parameters() if n.startswith(f"{layer}.adapters.default.weight.") and n[-1] in "AB"]
+        changes = [
+            p
+            for n, p in model.named_parameters()
+            if n.startswith(f"{layer}.adapters.default.weight.") and n[-1] in "AB"
+        ]
         assert sum(p.numel() for p in changes) <= weights.get(f"{layer}.weight", torch.empty(0)).numel()
 
 
@@ -223,5 +241,5 @@ def test_settings_that_cannot_work_are_refused(field: str, value: object) -> Non
 def test_a_config_survives_plain_data() -> None:
     config = vl.LoraConfig(r=3, target_modules=["a"], rank_pattern={"a": 2}, norm="stats")
     assert vl.LoraConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ConfigError, match='has no field \'lora_alhpa\'; did you mean "lora_alpha"'):
+    with pytest.raises(ConfigError, match="has no field 'lora_alhpa'; did you mean \"lora_alpha\""):
         vl.LoraConfig.from_dict({"lora_alhpa": 3})

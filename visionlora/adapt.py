@@ -15,7 +15,6 @@ from visionlora.core.attach import Adapted, attach, detach
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
-from visionlora.targets import Cure, cure
 
 _RESERVED = frozenset(dir(nn.ModuleDict())) | {"base"}
 
@@ -29,7 +28,6 @@ class Registry:
     plans: dict[str, Plan] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
-    cures: list[Cure] = field(default_factory=list)
     merged: list[Any] | None = None
     """What unmerge puts back; None while nothing is merged."""
 
@@ -59,8 +57,6 @@ def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainab
     try:
         for layer_name, layer_changes in changes.items():
             layer = model.get_submodule(layer_name)
-            for change in layer_changes.values():
-                change.train(layer.training)
             attach(layer, name, layer_changes, mixin_of(model, layer_name))
             done.append(layer_name)
     except TypeError as e:  # a class that cannot be subclassed or reassigned: a scripted module, say
@@ -70,7 +66,6 @@ def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainab
             del model._visionlora
         raise TargetError(f"layer {layer_name} of class {type(layer).__name__} cannot be adapted: {e}") from None
     registry.plans[name], registry.trainable[name] = plan, trainable
-    registry.cures += [c for site in plan.sites if (c := _cure(model, site.name)) is not None]
     _set_grads(model, registry)
 
 
@@ -84,8 +79,6 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         for book in (registry.plans, registry.trainable, registry.active):
             book.pop(gone, None)
     if not registry.plans:
-        for fix in registry.cures:
-            fix.undo()
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(registry.grads.get(parameter_name, parameter.requires_grad))
         del model._visionlora
@@ -282,11 +275,6 @@ def _check_tensors(slots: dict[str, Tensor], tensors: dict[str, Tensor]) -> None
 
 def _changes(layer: Adapted, name: str) -> list[tuple[str, Any]]:
     return list(layer.adapters[name].items()) if name in layer.adapters else []  # type: ignore[operator]
-
-
-def _cure(model: nn.Module, layer_name: str) -> Cure | None:
-    owner_name, _, leaf = layer_name.rpartition(".")
-    return cure(model.get_submodule(owner_name), leaf)
 
 
 def _registry_or_new(model: nn.Module) -> Registry:

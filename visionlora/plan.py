@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig, did_you_mean
@@ -63,6 +64,11 @@ class Plan:
 
 def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
     """Return what the config means on this model."""
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TargetError(
+            f"{scripted[0] or 'the model'} is compiled by torch.jit and cannot change; adapt, then compile"
+        )
     sites = tuple(select(model, config))
     targeted = {site.name for site in sites}
     values: dict[str, dict[str, Role]] = {}
@@ -98,11 +104,12 @@ def build(model: nn.Module, plan: Plan) -> Changes:
 
 def mixin_of(model: nn.Module, name: str) -> type[Adapted]:
     """Return how a layer can be adapted."""
-    layer, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    owner_name, _, leaf = name.rpartition(".")
+    layer, owner = model.get_submodule(name), model.get_submodule(owner_name)
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return FrozenNorm
     geometry = geometry_of(layer)
-    return Branched if geometry is not None and geometry.known and not owner_reads_weight(owner) else Materialised
+    return Branched if geometry is not None and geometry.known and not owner_reads_weight(owner, leaf) else Materialised
 
 
 def base_tensor(layer: nn.Module, attribute: str) -> Tensor | None:

@@ -110,6 +110,7 @@ def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[
         assert isinstance(layer, Adapted)
         layer.adapters, layer.active, layer.mixin = nn.ModuleDict(), {}, mixin
     layer.adapters[name] = nn.ModuleDict(changes)
+    layer.adapters.train(layer.training)
     _refresh_class(layer)
 
 
