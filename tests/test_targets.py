@@ -88,7 +88,7 @@ def test_exclude_wins(vit: nn.Module) -> None:
     assert names(vit, exclude_modules=["blocks.0.attn.qkv", "mlp.fc1", "mlp.fc2"]) == [
         *("blocks.0.attn.proj", "blocks.1.attn.qkv", "blocks.1.attn.proj"),
     ]
-    with pytest.raises(TargetError, match='exclude_modules: no layer matches "mpl.fc1".*did you mean "mlp.fc1"'):
+    with pytest.raises(TargetError, match=r'exclude_modules: no layer matches "mpl.fc1".*did you mean "mlp.fc1"'):
         names(vit, exclude_modules=["mpl.fc1"])
 
 
@@ -143,7 +143,7 @@ def test_parts_are_refused_where_the_rows_are_not_known(vit: nn.Module) -> None:
         names(vit, target_modules=["attn.qkv[q"])
     with torch.device("meta"):
         interleaved = timm.create_model("levit_128s")
-    with pytest.raises(TargetError, match="target it whole|not a fused layer|owns no weight"):
+    with pytest.raises(TargetError, match=r"target it whole|not a fused layer|owns no weight"):
         names(interleaved, target_modules=["attn.qkv[q]"])
 
 
@@ -158,7 +158,7 @@ def test_rank_and_alpha_patterns(vit: nn.Module) -> None:
     }
     assert sites["blocks.0.attn.qkv"].scale == 0.5
     assert sites["blocks.0.mlp.fc1"].scale == 4
-    with pytest.raises(TargetError, match='rank_pattern: no adapted layer matches "mlp.fc3"; did you mean'):
+    with pytest.raises(TargetError, match=r'rank_pattern: no adapted layer matches "mlp.fc3"; did you mean'):
         select(vit, vl.LoraConfig(rank_pattern={"mlp.fc3": 2}))
 
 

@@ -60,8 +60,8 @@ def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainab
             attach(layer, name, layer_changes, mixin_of(model, layer_name))
             done.append(layer_name)
     except TypeError as e:  # a class that cannot be subclassed or reassigned: a scripted module, say
-        for layer_name in done:
-            detach(adapted_layers(model)[layer_name], name)
+        for finished in done:
+            detach(adapted_layers(model)[finished], name)
         if not registry.plans:
             del model._visionlora
         raise TargetError(f"layer {layer_name} of class {type(layer).__name__} cannot be adapted: {e}") from None
