@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from visionlora import __version__
 from visionlora.cli import VERBS, main
+from visionlora.commands import arguments
+from visionlora.data.folders import LAYOUTS
 
 HEAVY = ("torch", "timm", "pytorch_lightning", "albumentations", "PIL", "numpy")
 
@@ -99,6 +103,77 @@ def test_scenes_writes_an_image_folder_and_completes_it(tmp_path: Path, capsys: 
 def test_scenes_names_the_nearest_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scenes", str(tmp_path / "s"), "--domains", "nigth"]) == 2
     assert "night" in capsys.readouterr().err
+
+
+def folder_of_images(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 12) -> Path:
+    """Write class folders of small random pictures."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_doctor_is_content_with_sound_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(folder_of_images(tmp_path / "data"))]) == 0
+    assert "24 images" in capsys.readouterr().out
+
+
+def test_doctor_ends_with_1_and_names_the_broken_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder_of_images(tmp_path / "data")
+    (root / "dog" / "empty.jpg").touch()
+    assert main(["doctor", str(root)]) == 1
+    assert "empty.jpg" in capsys.readouterr().out
+
+
+def test_doctor_reads_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder_of_images(tmp_path / "data")
+    rows = [f"{path},{path.parent.name}" for path in sorted(root.glob("*/*.png"))]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    assert main(["doctor", str(tmp_path / "list.csv")]) == 0
+    assert main(["doctor", str(tmp_path / "none.csv")]) == 1
+    assert "does not exist" in capsys.readouterr().out
+
+
+def test_doctor_offers_the_layouts_of_the_data_code() -> None:
+    assert arguments.LAYOUTS == LAYOUTS
+
+
+def test_info_lists_what_would_be_attached(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "test_vit", "--num_classes", "3", "--lora.r", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "preset of vision_transformer" in shown
+    assert "blocks.0.attn.qkv   Linear  branched     4" in shown
+    assert "(head, in full)" in shown
+    assert "left alone" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--lora.rr", "4"], 'did you mean "lora.r"?'),
+        (["--lora.variant=dorra"], 'did you mean "dora"?'),
+        (["--lora.target_modules", "[conv1,conv2x]"], 'did you mean "conv2"?'),
+        (["--lora.r", "0"], "r must be a whole number"),
+        (["--lora.r"], "lora.r"),
+    ],
+)
+def test_info_explains_a_wrong_lora_setting(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "test_resnet", *words]) == 2
+    shown = capsys.readouterr().err
+    assert hint in shown
+    assert len(shown.splitlines()) <= 2
+
+
+def test_info_names_the_nearest_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "test_resnt"]) == 2
+    assert 'did you mean "test_resnet"?' in capsys.readouterr().err
+
+
+def test_info_needs_an_adapter_or_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 2
+    assert "--model NAME" in capsys.readouterr().err
 
 
 @pytest.mark.slow

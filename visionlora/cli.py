@@ -105,10 +105,8 @@ def _dispatch(words: list[str]) -> int:
         return int(import_module(verb.module).main(words))
     parser = Parser(prog=f"visionlora {name}", description=verb.help[0].upper() + verb.help[1:] + ".")
     verb.arguments(parser)
-    options, unknown = parser.parse_known_args(rest)
-    if unknown and not parser.takes_rest:
-        raise ConfigError(parser.unknown_option(unknown[0]))
-    return int(import_module(verb.module).run(options, unknown))
+    options, passed_on = parser.split(rest)
+    return int(import_module(verb.module).run(options, passed_on))
 
 
 def _unknown(name: str) -> str:

@@ -8,14 +8,31 @@ from typing import NoReturn
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 
+LAYOUTS = ("auto", "class", "split/class", "domain/class", "domain/split/class")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse without guessed abbreviations, whose errors are two lines with a "did you mean"."""
 
     def __init__(self, *, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
-        self.takes_rest = False
-        """Flags that this parser does not know are passed on to the verb."""
+        self.passed_on = ""
+        """Flags that begin so are the verb's own business: they are passed on unread, each with its value."""
+
+    def split(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the options this parser knows and the words that are passed on."""
+        own: list[str] = []
+        rest: list[str] = []
+        waiting = iter(words)
+        for word in waiting:
+            if not self.passed_on or not word.startswith(self.passed_on):
+                own.append(word)
+            else:
+                rest += [word] if "=" in word else [word, next(waiting, "")]
+        options, unknown = self.parse_known_args(own)
+        if unknown:
+            raise ConfigError(self.unknown_option(unknown[0]))
+        return options, rest
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}\n{self.prog} --help shows the options")
@@ -29,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def info(parser: Parser) -> None:
     """Declare the flags of info."""
-    parser.takes_rest = True
+    parser.passed_on = "--lora."
     parser.usage = "%(prog)s ADAPTER | --model NAME [--lora.FIELD VALUE ...]"
     parser.add_argument("adapter", nargs="?", help="directory of a saved adapter")
     parser.add_argument("--model", help="timm name of a backbone: show what would be attached to it")
@@ -49,6 +66,12 @@ def merge(parser: Parser) -> None:
 def doctor(parser: Parser) -> None:
     """Declare the flags of doctor."""
     parser.add_argument("data", help="folder of class folders, or a CSV with the columns path,label[,domain][,split]")
+    parser.add_argument(
+        "--layout", default="auto", choices=LAYOUTS, help="the tree of the folder (default: %(default)s)"
+    )
+    parser.add_argument("--classes", help="comma-separated class names that must be met (default: those found)")
+    parser.add_argument("--most", type=int, default=10, help="lines for each kind of finding (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="images decoded at once (default: one per core)")
 
 
 def scenes(parser: Parser) -> None:
