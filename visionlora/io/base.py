@@ -1,0 +1,71 @@
+"""Which base an adapter was trained on: described when it is saved, compared when it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from visionlora.core.attach import own_class
+from visionlora.errors import BaseMismatchError
+from visionlora.merging import base_state_dict, fingerprint, head_fingerprint
+
+
+def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
+    given = given or {}
+    known = _timm_name(model)
+    return {
+        "name": given.get("name", known.get("architecture")),
+        "tag": given.get("tag", known.get("tag")),
+        "args": {**_timm_args(model), **given.get("args", {})} if known else dict(given.get("args", {})),
+        "class": own_class(model).__name__,
+        "dtype": _dtype(model),
+        "fingerprint": fingerprint(model),
+        "head_fingerprint": head_fingerprint(model),
+    }
+
+
+def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
+    """Raise BaseMismatchError unless the model is the very base the adapter was trained on."""
+    came = describe_base(model, None)
+    if recorded["fingerprint"] in (None, came["fingerprint"]):
+        return
+    cure = "load that base, or pass allow_other_base=True if its weights may differ"
+    if recorded["dtype"] != came["dtype"] and None not in (recorded["dtype"], came["dtype"]):
+        cure = (
+            f"the types differ: load the adapter while the model is in {recorded['dtype']} and cast the model "
+            f"afterwards (model.to(torch.{came['dtype']})), or pass allow_other_base=True"
+        )
+    raise BaseMismatchError(
+        f"the adapter was trained on {base_text(recorded)}; this model is {base_text(came)}. To go on: {cure}"
+    )
+
+
+def base_text(base: dict[str, Any]) -> str:
+    """Return a base in words."""
+    name = ".".join(part for part in (base["name"], base["tag"]) if part) or "a model"
+    weights = f"weights {base['fingerprint'][:12]}" if base["fingerprint"] else "unknown weights"
+    return f"{name} ({', '.join(part for part in (base['class'], base['dtype'], weights) if part)})"
+
+
+def _timm_name(model: nn.Module) -> dict[str, Any]:
+    cfg = model.__dict__.get("pretrained_cfg")
+    return cfg if isinstance(cfg, dict) else {}
+
+
+def _timm_args(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of create_model that the model itself tells, as far as they are not its defaults."""
+    args: dict[str, Any] = {}
+    if isinstance(model.__dict__.get("num_classes"), int):
+        args["num_classes"] = model.num_classes
+    patches = model._modules.get("patch_embed")
+    size = patches.__dict__.get("img_size") if patches is not None else None
+    if size is not None and tuple(size) != tuple(_timm_name(model).get("input_size", ()))[1:]:
+        args["img_size"] = list(size)
+    return args
+
+
+def _dtype(model: nn.Module) -> str | None:
+    tensors: list[Tensor] = [t for t in base_state_dict(model).values() if t.is_floating_point()]
+    return str(tensors[0].dtype).removeprefix("torch.") if tensors else None

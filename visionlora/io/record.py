@@ -1,0 +1,212 @@
+"""The record of an adapter: its closed schema, its text with a checksum, and its agreement with the tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from visionlora.config import ADAPTER_NAME, LoraConfig
+from visionlora.errors import AdapterFileError, ConfigError
+from visionlora.io.keys import core_key
+from visionlora.io.strict import ListOf, MapOf, Maybe, Rule, Schema, check, is_finite, is_whole, parse_object
+
+FORMAT_VERSION = 1
+RECORD, RECORD_SUM = "visionlora", "visionlora_sha256"
+"""Names in the metadata of the weights file."""
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_LAYER = re.compile(r"([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)?")
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,128}")
+_ARG = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# arguments of timm.create_model that fetch, read or replace something: a file may size a model, never do that
+_FORBIDDEN_ARG = re.compile(
+    r"(pretrained|checkpoint|cache|scriptable|exportable|model|hf_|repo).*|.*_(path|dir|file|url|cfg|id)"
+)
+
+
+def _text(pattern: re.Pattern[str], expected: str) -> Rule:
+    return Rule(expected, lambda v: isinstance(v, str) and len(v) <= 512 and pattern.fullmatch(v) is not None)
+
+
+def _whole(low: int, high: int) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda v: is_whole(v) and low <= v <= high)
+
+
+def _choice(*choices: str) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices)
+
+
+def _is_scalar(value: object) -> bool:
+    return (
+        value is None
+        or isinstance(value, bool)
+        or is_finite(value)
+        or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+    )
+
+
+_FINITE = Rule("a finite number", is_finite)
+_SHA256 = _text(_HEX, "64 hexadecimal digits")
+_NAME = _text(_WORD, "a word of letters, digits and _ . + -")
+_LAYER_NAME = _text(_LAYER, "a layer name like blocks.0.attn.qkv")
+_ATTRIBUTE = _text(re.compile(r"[A-Za-z_][A-Za-z0-9_]*"), "an attribute name")
+_LINE = Rule(
+    "a line of printable text, at most 512 long", lambda v: isinstance(v, str) and 0 < len(v) <= 512 and v.isprintable()
+)
+_ARGUMENT = Rule(
+    "a number, a word, true, false, null or a list of them",
+    lambda v: _is_scalar(v) or (isinstance(v, list) and len(v) <= 64 and all(map(_is_scalar, v))),
+)
+_ARGUMENT_NAME = Rule(
+    "the name of an argument that only sizes a model",
+    lambda v: isinstance(v, str) and _ARG.fullmatch(v) is not None and _FORBIDDEN_ARG.fullmatch(v) is None,
+)
+_POSITIVE = Rule("a finite number above 0", lambda v: is_finite(v) and v > 0)
+
+_LAYER_ENTRY: Schema = {
+    "rank": _whole(1, 1 << 30),
+    "scale": _POSITIVE,
+    "parts": MapOf(_ATTRIBUTE, ListOf(_whole(0, 1 << 30), 2), 16),
+}
+SCHEMA: Schema = {
+    "format_version": Rule(
+        f"{FORMAT_VERSION}, the format this version reads", lambda v: is_whole(v) and v == FORMAT_VERSION
+    ),
+    "name": _text(ADAPTER_NAME, "an adapter name, 1 to 64 of A-Z a-z 0-9 _ -"),
+    "base": {
+        "name": Maybe(_NAME),
+        "tag": Maybe(_NAME),
+        "args": MapOf(_ARGUMENT_NAME, _ARGUMENT, 64),
+        "class": Maybe(_NAME),
+        "dtype": Maybe(_NAME),
+        "fingerprint": Maybe(_SHA256),
+        "head_fingerprint": Maybe(_SHA256),
+    },
+    "plan": {
+        "config": Rule("an object", lambda v: isinstance(v, dict)),
+        "layers": MapOf(_LAYER_NAME, _LAYER_ENTRY, 20_000),
+        "values": MapOf(_LAYER_NAME, MapOf(_ATTRIBUTE, _choice("head", "norm", "bias", "saved"), 64), 20_000),
+    },
+    "classes": Maybe(ListOf(_LINE, 100_000)),
+    "data": Maybe(
+        {
+            "input_size": ListOf(_whole(1, 1 << 16), 3),
+            "mean": ListOf(_FINITE, 64),
+            "std": ListOf(_POSITIVE, 64),
+            "interpolation": _NAME,
+            "crop_pct": _POSITIVE,
+            "crop_mode": _NAME,
+        }
+    ),
+    "metrics": MapOf(
+        _LINE,
+        Rule("a finite number, a line of text or null", lambda v: v is None or is_finite(v) or _LINE.holds(v)),
+        1000,
+    ),
+    "versions": MapOf(_NAME, _NAME, 32),
+    "created": Maybe(_text(re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "a time like 2025-01-31T12:00:00Z")),
+    "tensors": Maybe(MapOf(Rule("a tensor name", lambda v: isinstance(v, str)), _SHA256, 20_000)),
+}
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Raise AdapterFileError where a record does not hold to the schema."""
+    try:
+        check(record, SCHEMA, "record")
+        LoraConfig.from_dict(plain_config(record["plan"]["config"]))
+    except (AdapterFileError, ConfigError, TypeError) as e:
+        raise AdapterFileError(
+            f"{e} (written by visionlora {_writer(record)}, this is {versions()['visionlora']})"
+        ) from None
+
+
+def _writer(record: dict[str, Any]) -> str:
+    named = record.get("versions")
+    found = named.get("visionlora") if isinstance(named, dict) else None
+    return found if isinstance(found, str) and _WORD.fullmatch(found) else "unknown"
+
+
+def plain_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded config without its patterns: every layer's rank and scale are recorded, and a regular
+    expression from a file must not even be compiled."""
+    for name, schema in (("rank_pattern", _whole(1, 1 << 30)), ("alpha_pattern", _POSITIVE)):
+        check(config.get(name, {}), MapOf(Rule("a text", lambda v: isinstance(v, str)), schema, 20_000), name)
+    return {**config, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def to_text(record: dict[str, Any]) -> str:
+    """Return the record as one line of JSON, the same for equal records."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def to_metadata(record: dict[str, Any]) -> dict[str, str]:
+    """Return what the weights file carries as metadata."""
+    text = to_text(record)
+    return {"format": "pt", RECORD: text, RECORD_SUM: _digest(text)}
+
+
+def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the checked record of a weights file. Raises AdapterFileError."""
+    text = metadata[RECORD]
+    if metadata.get(RECORD_SUM) != _digest(text):
+        raise AdapterFileError("record: its checksum does not fit; it was changed after the adapter was saved")
+    record = parse_object(text.encode(), "record")
+    check_record(record)
+    if record["tensors"] is None:
+        raise AdapterFileError("record.tensors: expected the checksum of every tensor, found null")
+    return record
+
+
+def check_agreement(record: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise AdapterFileError where the plan and the tensors, {key in the file: shape}, contradict each other."""
+    found = {core_key(key): shape for key, shape in shapes.items()}
+    variant = record["plan"]["config"].get("variant", "lora")
+    needed = {f"{n}/{a}/value" for n, attributes in record["plan"]["values"].items() for a in attributes}
+    for layer, entry in record["plan"]["layers"].items():
+        for prefix in [f"{layer}/weight/deltas.{part}." for part in entry["parts"]] or [f"{layer}/weight/"]:
+            needed |= {f"{prefix}{leaf}" for leaf in ("A", "B", *(("m",) if variant == "dora" else ()))}
+            _check_pair(f"plan.layers.{layer}.rank", entry["rank"], found.get(f"{prefix}A"), found.get(f"{prefix}B"))
+    starts = {f"{key.removesuffix('value')}start" for key in needed if key.endswith("/value")}
+    _list_keys("is missing", needed - found.keys())
+    _list_keys("has unexpected", found.keys() - needed - starts)
+    _check_classes(record, found)
+
+
+def _check_pair(field: str, rank: int, A: tuple[int, ...] | None, B: tuple[int, ...] | None) -> None:
+    if A is None or B is None:
+        return
+    if len(A) < 2 or len(B) != len(A) or B[1] != rank or A[0] % rank:
+        raise AdapterFileError(f"{field}: expected {rank} as recorded, found lora_A {A} and lora_B {B}")
+
+
+def _check_classes(record: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    classes = record["classes"]
+    for layer, attributes in record["plan"]["values"].items():
+        if classes is not None and attributes.get("weight") == "head":
+            rows = shapes[f"{layer}/weight/value"][:1]
+            if rows != (len(classes),):
+                raise AdapterFileError(f"classes: {len(classes)} names for {rows[0] if rows else 0} outputs of {layer}")
+
+
+def _list_keys(problem: str, keys: set[str]) -> None:
+    if keys:
+        shown = ", ".join(sorted(keys)[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+        raise AdapterFileError(f"tensors: the file {problem} {len(keys)}: {shown}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages whose behaviour an adapter depends on."""
+    found = {}
+    for package in ("visionlora", "torch", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree, or without timm
+            found[package] = "unknown"
+    return found
