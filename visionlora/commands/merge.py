@@ -1,0 +1,73 @@
+"""`visionlora merge`: fold an adapter into its base and write a plain timm checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from visionlora.atomic import atomic_path
+from visionlora.errors import ConfigError, StateError
+from visionlora.io import read_adapter
+from visionlora.merging import base_state_dict, merge
+from visionlora.summary import readable_size
+from visionlora.vision.backbone import create_backbone, data_config
+from visionlora.vision.loading import load_model
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of an output, relative to the largest output."""
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Write OUT and tell how timm loads it."""
+    out = Path(options.out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: expected a name that ends in .safetensors")
+    if out.exists() and not options.force:
+        raise ConfigError(f"{out} exists; choose another name or pass --force to replace it")
+    base = read_adapter(options.adapter).record["base"]
+    difference, classes = write_merged(Path(options.adapter), out, checkpoint=options.checkpoint)
+    print(f"{out}: {readable_size(out.stat().st_size)}, {classes} classes, outputs equal to {difference:.1e}")
+    print(f'timm.create_model("{base["name"]}", num_classes={classes}, checkpoint_path="{out}")')
+    return 0
+
+
+def write_merged(adapter: Path, out: Path, *, checkpoint: str | None = None) -> tuple[float, int]:
+    """Write the merged base; return the largest relative difference of its outputs, and its number of classes.
+
+    The file is read back into a plain timm model, without our code, and takes its name only if the outputs agree.
+    Raises StateError if they do not.
+    """
+    model = load_model(adapter, checkpoint=checkpoint)
+    images = torch.randn(4, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
+    wanted = outputs(model, images)
+    merge(model)
+    classes = wanted.shape[-1]
+    with atomic_path(out) as temporary:
+        save_file({key: tensor.contiguous() for key, tensor in base_state_dict(model).items()}, temporary)
+        plain = _plain(read_adapter(adapter).record["base"], temporary, classes)
+        difference = float((outputs(plain, images) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        if not difference <= TOLERANCE:
+            raise StateError(
+                f"the merged model gives other outputs (by {difference:.1e} of the largest, {TOLERANCE:g} is allowed); "
+                f"{out} was not written"
+            )
+    return difference, classes
+
+
+def _plain(base: dict[str, Any], weights: Path, classes: int) -> nn.Module:
+    args = {key: value for key, value in base["args"].items() if key != "num_classes"}
+    net = create_backbone(base["name"], pretrained=False, num_classes=classes, model_args=args)
+    net.load_state_dict(load_file(weights))
+    return net
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of a model in eval mode."""
+    result: Tensor = model.eval()(images)
+    return result
