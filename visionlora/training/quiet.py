@@ -1,0 +1,87 @@
+"""What Lightning prints, without advertising, columns of zeros and run numbers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
+
+log = logging.getLogger(__name__)
+
+LIGHTNING_LOGGERS = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
+
+
+class NoTips(logging.Filter):
+    """Drop log records that advertise a product."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ("Tip:" in text and ("litlogger" in text or "litmodels" in text))
+
+
+def silence_tips() -> None:
+    """Change Lightning's loggers: no advertising. Call it before a Trainer is built; twice is harmless."""
+    for name in LIGHTNING_LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(f, NoTips) for f in logger.filters):
+            logger.addFilter(NoTips())
+
+
+class ParameterSummary(ModelSummary):
+    """Log one line of parameter counts; a Trainer with it builds no table of its own."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = {True: 0, False: 0}
+        for parameter in pl_module.parameters():
+            counts[parameter.requires_grad] += parameter.numel()
+        total = counts[True] + counts[False]
+        if trainer.is_global_zero:
+            share = 100 * counts[True] / max(total, 1)
+            log.info("training %s of %s parameters (%.2f %%)", f"{counts[True]:,}", f"{total:,}", share)
+
+
+def progress_bar() -> ProgressBar:
+    """Return a bar for a terminal, or a line an epoch for a log file."""
+    return Bar() if sys.stdout.isatty() else EpochLines()
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar without the run number, redrawn every fifth batch."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=5)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return _metrics(super().get_metrics(trainer, pl_module))
+
+
+class EpochLines(ProgressBar):
+    """Log one line an epoch: time and the metrics of a progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled, self._began = True, 0.0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled:
+            metrics = _metrics(self.get_metrics(trainer, pl_module))
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+            seconds = time.monotonic() - self._began
+            log.info("epoch %d of %s  %.1f s  %s", trainer.current_epoch + 1, trainer.max_epochs, seconds, shown)
+
+
+def _metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "v_num"}
