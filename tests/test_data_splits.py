@@ -69,6 +69,11 @@ def test_groups_stay_together_in_near_proportion() -> None:
             assert abs(n - 84 * share) <= 7 + 1e-9
 
 
+def test_a_part_of_nothing_stays_empty() -> None:
+    parts = stratified_split(tracks(classes=2, groups=5), [0.7, 0.0, 0.3], group_by="^[^_]+")
+    assert [bool(part) for part in parts] == [True, False, True]
+
+
 def test_every_class_is_trained_even_with_one_group() -> None:
     samples = [*make({"a": 30}), Sample("/data/b/x.jpg", "b")]
     train, val = stratified_split(samples, [0.1, 0.9])

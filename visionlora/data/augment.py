@@ -21,7 +21,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks t
 import albumentations as A
 from albumentations.augmentations.crops.transforms import CropSizeError
 
-__all__ = ["PRESETS", "Augment", "AugmentSpec", "Pixels", "build_augment"]
+__all__ = ["PRESETS", "Augment", "AugmentSpec", "Pixels", "build_augment", "one_thread"]
 
 AugmentSpec = str | Sequence[Mapping[str, Any]]
 Pixels = npt.NDArray[np.uint8]
@@ -96,6 +96,11 @@ def build_augment(augment: AugmentSpec) -> Augment | None:
             raise DataError(f"augment must be a list or one of {', '.join(PRESETS)}, got {augment!r}{near}")
         augment = PRESETS[augment]
     return Augment([_build(entry) for entry in augment]) if augment else None
+
+
+def one_thread(worker: int) -> None:
+    """Keep OpenCV to one thread in a loader's worker: there are as many workers as cores."""
+    cv2.setNumThreads(0)
 
 
 def _build(entry: Mapping[str, Any]) -> Any:

@@ -35,7 +35,7 @@ def stratified_split(
     trained: set[str] = set()
     for members in _groups(samples, seed, group_by):
         counts = Counter(sample.label for sample in members)
-        part = _neediest(need, counts) if trained.issuperset(counts) else 0
+        part = _neediest(need, counts, fractions) if trained.issuperset(counts) else 0
         trained.update(counts if part == 0 else ())
         parts[part] += members
         for label, n in counts.items():
@@ -103,9 +103,9 @@ def _rank(seed: int, name: str) -> bytes:
     return blake2b(f"{seed}/{name}".encode(errors="surrogateescape"), digest_size=16).digest()
 
 
-def _neediest(need: list[dict[str, float]], counts: Counter[str]) -> int:
+def _neediest(need: list[dict[str, float]], counts: Counter[str], fractions: Sequence[float]) -> int:
     scores = [sum(n * part[label] for label, n in counts.items()) for part in need]
-    return scores.index(max(scores))
+    return max((part for part, share in enumerate(fractions) if share > 0), key=lambda part: scores[part])
 
 
 def _check_parts(parts: list[list[Sample]], fractions: Sequence[float]) -> None:

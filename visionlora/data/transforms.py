@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor
 
 from visionlora.config import did_you_mean
@@ -58,7 +57,7 @@ class InputConfig:
 
 
 def input_config(
-    model_name: str | None = None,
+    known: Mapping[str, Any] | None = None,
     *,
     image_size: int | Sequence[int] | None = None,
     mean: Sequence[float] | None = None,
@@ -68,22 +67,19 @@ def input_config(
     crop_mode: str | None = None,
     in_chans: int = 3,
 ) -> InputConfig:
-    """Return the input a timm model was trained with, offline; arguments that are given win.
+    """Return what a backbone expects: known, a data config of timm or an adapter's record, where no argument says more.
 
-    With in_chans=1 three-channel statistics are averaged. Without a model name the defaults are ImageNet's. Raises
-    ConfigError for an unknown model name, and for a name that only the network could resolve unless image_size, mean
-    and std are all given.
+    Without either, ImageNet's values. One value stands for all channels; with in_chans=1 three are averaged.
     """
-    explicit = image_size is not None and mean is not None and std is not None
-    known = resolve_data_config(pretrained_cfg=_pretrained_cfg(model_name, explicit=explicit))
-    height, width = _two(image_size if image_size is not None else known["input_size"][1:])
+    base = {**InputConfig().to_dict(), **(known or {})}
+    height, width = _two(base["input_size"][-2:] if image_size is None else image_size)
     return InputConfig(
         (in_chans, height, width),
-        _per_channel(mean if mean is not None else known["mean"], in_chans),
-        _per_channel(std if std is not None else known["std"], in_chans),
-        interpolation or known["interpolation"],
-        known["crop_pct"] if crop_pct is None else crop_pct,
-        crop_mode or known["crop_mode"],
+        _per_channel(base["mean"] if mean is None else mean, in_chans),
+        _per_channel(base["std"] if std is None else std, in_chans),
+        interpolation or base["interpolation"],
+        base["crop_pct"] if crop_pct is None else crop_pct,
+        crop_mode or base["crop_mode"],
     )
 
 
@@ -116,21 +112,6 @@ class Preprocess:
         side = max(self.config.input_size[1:]) / self.config.crop_pct
         if self.config.crop_mode == "center" and side * side * max(size) / min(size) > MAX_PIXELS:
             raise ImageError(f"{size[0]} x {size[1]} pixels are too narrow to be resized; crop the image")
-
-
-def _pretrained_cfg(model_name: str | None, *, explicit: bool) -> dict[str, Any]:
-    if model_name is None or (explicit and not timm.is_model(model_name)):
-        return {"input_size": (3, 224, 224)}
-    if ":" in model_name:
-        raise ConfigError(f"{model_name} is not in timm's own list; give image_size, mean and std of its training")
-    name, _, tag = model_name.partition(".")
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {model_name!r}{did_you_mean(name, timm.list_models())}")
-    tags = timm.list_pretrained(f"{name}.*")
-    if tag and model_name not in tags:
-        raise ConfigError(f"timm's {name} has no weights {tag!r}{did_you_mean(model_name, tags)}")
-    cfg = timm.get_pretrained_cfg(model_name)
-    return cfg.to_dict() if cfg else {}
 
 
 def _two(size: int | Sequence[int]) -> tuple[int, int]:
