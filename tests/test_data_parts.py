@@ -87,6 +87,12 @@ def test_the_source_may_lie_elsewhere() -> None:
         divide(make("webcam"), Division(source_domains=["amzon"]), source=source)
 
 
+def test_the_same_folder_under_another_name_is_no_source() -> None:
+    again = [Sample(s.path.replace("/data", "/data/../data"), s.label) for s in make()]
+    with pytest.raises(DataError, match="trained on and in the source part"):
+        divide(make(), source=again)
+
+
 def test_domains_with_splits_use_their_splits() -> None:
     samples = (
         make("day", "train") + make("day", "test", count=5) + make("night", "train") + make("night", "test", count=3)

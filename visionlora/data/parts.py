@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import abspath
+from pathlib import Path
 
 from visionlora.config import did_you_mean
 from visionlora.data.classes import check_labels, class_list
@@ -170,10 +170,17 @@ def _check_classes(where: str, part: Sequence[Sample], names: Sequence[str]) -> 
 
 
 def _check_disjoint(train: Sequence[Sample], held: dict[str, list[Sample]]) -> None:
-    trained = {abspath(sample.path) for sample in train}
+    trained = set(_places(train))
     for name, part in held.items():
-        both = [sample.path for sample in part if abspath(sample.path) in trained]
+        both = [sample.path for sample, place in zip(part, _places(part), strict=True) if place in trained]
         if both:
             raise DataError(
                 f"{len(both)} images are trained on and in the {name} part, such as {both[0]}; name other domains"
             )
+
+
+def _places(samples: Sequence[Sample]) -> list[Path]:
+    """Return the resolved paths; folders once, since a data set has few of them."""
+    paths = [Path(sample.path) for sample in samples]
+    folders = {folder: folder.resolve() for folder in {path.parent for path in paths}}
+    return [folders[path.parent] / path.name for path in paths]
