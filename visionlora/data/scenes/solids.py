@@ -87,10 +87,11 @@ class Solid:
         normal, slack = _plane_normals(self.planes, local)
         if self.quadric.any():
             bulge = self.quadric[:, None] * local
-            gap = np.abs((bulge * local).sum(0) - 1)
-            if self.hole:
-                gap = np.minimum(gap, np.abs((bulge * local).sum(0) - self.hole**2))
-            normal = np.where(gap < slack, bulge, normal)
+            square = (bulge * local).sum(0)
+            normal = np.where(np.abs(square - 1) < slack, bulge, normal)
+            if self.hole:  # the inner wall faces the axis
+                inner = np.abs(square - self.hole**2) < np.minimum(slack, np.abs(square - 1))
+                normal = np.where(inner, -bulge, normal)
         world = self.frame[:, :3].T @ normal
         unit: Array = world / (np.sqrt((world * world).sum(0)) + np.float32(1e-9))
         return unit
