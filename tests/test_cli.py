@@ -9,12 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
-from visionlora import __version__
+from visionlora import LoraConfig, __version__
+from visionlora.adapt import adapter_parameters, apply_lora
 from visionlora.cli import VERBS, main
 from visionlora.commands import arguments
 from visionlora.data.folders import LAYOUTS
+from visionlora.io import read_adapter, save_adapter
+from visionlora.vision.backbone import data_config
+from visionlora.vision.loading import load_model
 
 HEAVY = ("torch", "timm", "pytorch_lightning", "albumentations", "PIL", "numpy")
 
@@ -174,6 +182,92 @@ def test_info_names_the_nearest_model(capsys: pytest.CaptureFixture[str]) -> Non
 def test_info_needs_an_adapter_or_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 2
     assert "--model NAME" in capsys.readouterr().err
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> tuple[Path, Path]:
+    """Return the directory of an adapter with an effect, and the checkpoint of its base."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    apply_lora(model, LoraConfig(r=2, norm="affine"), name="night")
+    for group in adapter_parameters(model, "night").values():
+        for parameter in group.values():
+            nn.init.normal_(parameter, std=0.3)
+    data = {**data_config("test_resnet"), "crop_mode": "center"}
+    save_adapter(model, tmp_path / "night", name="night", classes=["a", "b", "c"], data=data, metrics={"val/acc": 0.5})
+    return tmp_path / "night", tmp_path / "base.safetensors"
+
+
+def test_info_tells_what_is_in_an_adapter(adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(adapter[0])]) == 0
+    shown = {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert shown["adapter"].split()[1] == "night"
+    assert "test_resnet" in shown["base"]
+    assert shown["classes"].endswith("3: a, b, c")
+    assert "% of the base's" in shown["parameters"]
+    assert "affine" in shown["norm"]
+    assert "val/acc 0.5" in shown["metrics"]
+    size = (adapter[0] / "adapter_model.safetensors").stat().st_size
+    assert f"{size / 1000:.1f} kB" in shown["file"]
+
+
+def test_info_layers_lists_every_layer_and_the_counts_add_up(
+    adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(adapter[0]), "--layers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = lines[lines.index(next(line for line in lines if line.startswith("-----"))) + 1 :]
+    file = read_adapter(adapter[0])
+    assert len(rows) == len(file.record["plan"]["layers"])
+    low_rank = sum(t.numel() for key, t in file.tensors.items() if key.endswith(("/A", "/B")))
+    assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == low_rank
+
+
+def test_info_names_a_missing_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
+
+
+def test_merge_writes_a_checkpoint_that_plain_timm_loads(
+    adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = adapter[0].parent / "merged.safetensors"
+    assert main(["merge", str(adapter[0]), str(out), "--checkpoint", str(adapter[1])]) == 0
+    assert "timm.create_model" in capsys.readouterr().out
+    model = load_model(adapter[0], checkpoint=adapter[1])
+    plain = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(out)).eval()
+    base = timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(adapter[1])).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
+        assert (plain(x) - base(x)).abs().max() > 0.01  # else the merge could be empty
+
+
+def test_merge_keeps_an_existing_file_unless_forced(
+    adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = adapter[0].parent / "merged.safetensors"
+    out.write_text("mine")
+    words = ["merge", str(adapter[0]), str(out), "--checkpoint", str(adapter[1])]
+    assert main(words) == 2
+    assert out.read_text() == "mine"
+    assert "--force" in capsys.readouterr().err
+    assert main([*words, "--force"]) == 0
+    assert out.stat().st_size > 1000
+
+
+def test_merge_of_the_wrong_base_writes_nothing(adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    other = adapter[0].parent / "other.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=3).state_dict(), other)
+    out = adapter[0].parent / "merged.safetensors"
+    assert main(["merge", str(adapter[0]), str(out), "--checkpoint", str(other)]) == 2
+    assert "trained on" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_merge_writes_safetensors_only(adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(adapter[0]), str(adapter[0].parent / "merged.pth")]) == 2
+    assert ".safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -90,9 +90,12 @@ def _share(base: dict[str, Any], count: int) -> str:
     """Return the share of the base's parameters, as far as the base can be built from its name alone."""
     if base["name"] is None:
         return ""
+    args = dict(base["args"])
     try:
         with torch.device("meta"):  # shapes without memory
-            net = create_backbone(base["name"], pretrained=False, model_args=base["args"])
+            net = create_backbone(
+                base["name"], pretrained=False, num_classes=args.pop("num_classes", None), model_args=args
+            )
     except VisionLoRAError:
         return f", base {base['name']} is not known here"
     total = sum(p.numel() for p in net.parameters())
