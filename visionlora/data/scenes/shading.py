@@ -101,8 +101,8 @@ def _irradiance(scene: Scene, weather: Weather, view: View, hits: Hits, normal: 
         light += _from(weather.light, hits.points, normal) * clear
     for lamp in _own_lamps(scene, weather, view):
         light += _from(lamp, hits.points, normal)
-    total: Array = light
-    return total
+    irradiance: Array = light
+    return irradiance
 
 
 def _own_lamps(scene: Scene, weather: Weather, view: View) -> list[Light]:
@@ -127,7 +127,8 @@ def _from(light: Light, points: Array, normal: Array) -> Array:
     if light.focus:
         aim = -np.asarray(light.aim, np.float32)[:, None, None]
         facing = facing * np.maximum((towards * aim).sum(0) * inverse, 0) ** np.float32(light.focus)
-    return np.asarray(light.colour, np.float32)[:, None, None] * facing
+    received: Array = np.asarray(light.colour, np.float32)[:, None, None] * facing
+    return received
 
 
 def _contact(scene: Scene, hits: Hits) -> Array:
@@ -182,4 +183,5 @@ def _air(weather: Weather, hits: Hits, rays: Array, light: Array) -> Array:
         return light
     near = float(np.median(hits.depth))
     clear = np.exp(np.minimum(hits.depth, 1e3) * np.float32(-weather.fog / near))
-    return sky + (light - sky) * clear
+    seen: Array = sky + (light - sky) * clear
+    return seen
