@@ -31,7 +31,7 @@ class Camera:
 
 CAMERAS: dict[str, tuple[Camera, Camera]] = {
     "level": (Camera(2.8, 4, 32, -2), Camera(4.2, 11, 148, 2)),
-    "tilted": (Camera(6, 36, 25, -24), Camera(10, 58, 155, 24)),
+    "tilted": (Camera(6, 28, 25, -16), Camera(10, 48, 155, 16)),
 }
 """Presets as two opposite corners; every picture draws its camera between them."""
 

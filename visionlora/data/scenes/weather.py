@@ -89,7 +89,7 @@ def night(rng: np.random.Generator) -> Weather:
         ambient=scaled(tuple(rng.uniform(0.8, 1.2, 3)), 0.022),
         light=Light((rng.uniform(-6, 6), rng.uniform(-5, 5), rng.uniform(6.5, 9), 1.0), scaled(lamp, power), focus=1.5),
         wet=0.5 if rng.random() < 0.3 else 0.0, lamps=2.5, exposure=rng.uniform(0.18, 0.25), max_gain=3.8,
-        noise=rng.uniform(0.025, 0.05), blur=rng.uniform(0.6, 0.95), colour=0.8,
+        noise=rng.uniform(0.02, 0.04), blur=rng.uniform(0.6, 0.9), colour=0.8,
     )  # fmt: skip
 
 
