@@ -1,0 +1,248 @@
+"""A timm backbone that learns new images: by LoRA, by its head, by its normalisation, or in full, on one code path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from visionlora.adapt import adapter_parameters, apply_lora
+from visionlora.config import LoraConfig, did_you_mean
+from visionlora.core.norms import batch_norms
+from visionlora.errors import ConfigError
+from visionlora.io import save_adapter
+from visionlora.merging import fingerprint
+from visionlora.training.ema import AdapterEMA
+from visionlora.training.optim import parameter_groups, warmup_cosine
+from visionlora.training.sharding import shard
+from visionlora.vision.backbone import create_backbone, data_config
+from visionlora.vision.full import save_full
+from visionlora.vision.loops import (
+    as_batch,
+    class_weight,
+    estimate,
+    full_groups,
+    image_paths,
+    planned_steps,
+    seeded,
+    set_names,
+)
+from visionlora.vision.metrics import Result, Scores, check_labels, check_predictions
+from visionlora.vision.settings import RATES, Mode, adapter_config, check_settings
+
+__all__ = ["ImageClassifier", "Mode"]
+
+_LORA = LoraConfig()
+
+
+class ImageClassifier(pl.LightningModule):
+    """Train a timm backbone to tell classes of images apart.
+
+    "lora" trains what the LoraConfig says, "linear" the head alone, "norm" head and normalisation, "full" every weight
+    with stock BatchNorm. In all but "full" the base stays as it is and what was learned is an adapter.
+
+    Args:
+        model_name: timm's name of the backbone, with or without the tag of its weights.
+        num_classes: classes of the data; with the command it comes from the data.
+        class_names: their names in the order of their numbers, stored in the adapter.
+        mode: what is trained.
+        lora: the adapter of mode "lora"; the other modes do not read it.
+        pretrained: start from timm's weights (fetched when they are not on this machine).
+        checkpoint: start from a local file with weights of this backbone instead.
+        model_args: further arguments of timm.create_model.
+        lr: learning rate of AdamW; by default 1e-3, for "linear" 1e-2, for "full" 1e-4.
+        head_lr_factor: multiplies the rate of the head.
+        lora_plus: multiplies the rate of B (LoRA+, Hayou et al. 2024); 1 is plain LoRA.
+        weight_decay: of all tensors with two dimensions or more.
+        warmup: share of all steps in which the rate rises; then it falls to 0 along a cosine.
+        label_smoothing: share of a label spread over all classes while training.
+        class_weights: weights of the classes in the loss: "none", "balanced" (inverse frequency) or a list.
+        ema_decay: average what is trained over steps, validate and ship the average; 0.999 is usual.
+        compile: compile the backbone in place with torch.compile.
+        adapter_name: name of the adapter on the model and in its file.
+        data: what the images went through (input_size, mean, std ...), stored in the adapter; by default timm's own.
+        seed: of the starting values of the adapter.
+    """
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        *,
+        class_names: list[str] | None = None,
+        mode: Mode = "lora",
+        lora: LoraConfig = _LORA,
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        model_args: dict[str, Any] | None = None,
+        lr: float | None = None,
+        head_lr_factor: float = 1.0,
+        lora_plus: float = 1.0,
+        weight_decay: float = 0.01,
+        warmup: float = 0.05,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["none", "balanced"] | list[float] = "none",
+        ema_decay: float | None = None,
+        compile: bool = False,
+        adapter_name: str = "default",
+        data: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        with seeded(seed):
+            net = create_backbone(
+                model_name, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, model_args=model_args
+            )
+        self._start(net, settings)
+
+    @classmethod
+    def from_model(cls, net: nn.Module, *, num_classes: int, **settings: Any) -> ImageClassifier:
+        """Return a classifier around a ready network, changed in place; settings are those of the class.
+
+        Its checkpoints resume, but load_from_checkpoint and load_model cannot build the network again.
+        """
+        known = {name: p.default for name, p in signature(cls.__init__).parameters.items() if name != "self"}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"ImageClassifier has no setting {name!r}{did_you_mean(name, list(known))}")
+        module = cls.__new__(cls)
+        module._start(net, {**known, "model_name": "", "num_classes": num_classes, **settings})
+        return module
+
+    def _start(self, net: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__()
+        lora = settings["lora"]
+        config = LoraConfig.from_dict(dict(lora)) if isinstance(lora, Mapping) else lora
+        check_settings(settings)
+        self.save_hyperparameters({**settings, "lora": config.to_dict()})
+        self.net, self.config = net.train(), adapter_config(self.hparams.mode, config)
+        self._base = fingerprint(net)
+        self.class_names = list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
+        self.results: dict[str, Result] = {}
+        """Newest result of each set of images: "val", "test" or "test/<name>"."""
+        self._scores: dict[str, Scores] = {}
+        self._first_epoch = 0
+        self.register_buffer("_class_weight", None, persistent=False)
+        if self.config is None:
+            net.requires_grad_(True)
+        else:
+            with seeded(self.hparams.seed):
+                apply_lora(net, self.config, name=self.hparams.adapter_name)
+        if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
+            raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
+        if self.hparams.compile:
+            net.compile()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, (batch, classes)."""
+        return self.net(images)  # type: ignore[no-any-return]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the training loss: cross-entropy with class weights and label smoothing."""
+        smoothing: float = self.hparams.label_smoothing
+        return F.cross_entropy(logits.float(), labels, weight=self._class_weight, label_smoothing=smoothing)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # ModelParallelStrategy asks for it
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [] if self.hparams.ema_decay is None else [AdapterEMA(self.hparams.ema_decay)]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        h, groups = self.hparams, self.trainable_groups()
+        lr = RATES[h.mode] if h.lr is None else h.lr
+        factors = {"head": h.head_lr_factor, "B": h.lora_plus}
+        optimizer = torch.optim.AdamW(
+            parameter_groups(
+                groups, lr=lr, weight_decay=h.weight_decay, factors={k: v for k, v in factors.items() if k in groups}
+            )
+        )
+        total = planned_steps(self.trainer)
+        schedule = warmup_cosine(optimizer, warmup_steps=int(h.warmup * total), total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        self._class_weight = class_weight(
+            self.hparams.class_weights, self.trainer, self.hparams.num_classes, self.device
+        )
+        adapts = self.config is not None and self.config.norm != "frozen" and batch_norms(self.net)
+        if adapts and self.trainer.ckpt_path is None:  # a resumed run has them in its checkpoint
+            estimate(self.net, self.hparams.adapter_name, self.trainer)
+
+    def on_train_start(self) -> None:
+        self._first_epoch = self.current_epoch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        # on a GPU this waits for the device; labels do not change from epoch to epoch
+        if batch.labels.is_cpu or self.current_epoch == self._first_epoch:
+            check_labels(batch.labels, self.hparams.num_classes)
+        loss, size = self.loss(self(batch.images), batch.labels), len(batch.images)
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        run = self.trainer
+        stage, batches = ("test", run.num_test_batches) if run.testing else ("val", run.num_val_batches)
+        names = set_names(stage, len(batches), run)
+        self._scores = {name: Scores(self.hparams.num_classes, self.device) for name in names}
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        batch = as_batch(batch)
+        check_labels(batch.labels, self.hparams.num_classes)
+        list(self._scores.values())[dataloader_idx].update(self(batch.images), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, scores in self._scores.items():
+            result = self.results[name] = scores.compute()
+            for key, value in result.scalars().items():
+                self.log(f"{name}/{key}", value, prog_bar=key == "acc", sync_dist=True, add_dataloader_idx=False)
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return {"probabilities": (batch, classes) on the CPU, "classes": names of the likeliest, "paths": files}."""
+        batch = as_batch(batch)
+        logits = self(batch.images).float()
+        check_predictions(logits)
+        probabilities = logits.softmax(-1).cpu()
+        classes = [self.class_names[i] for i in probabilities.argmax(-1).tolist()]
+        paths = image_paths(self.trainer.predict_dataloaders, dataloader_idx, batch)
+        return {"probabilities": probabilities, "classes": classes, "paths": paths}
+
+    def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters to train, by the name of their group: A, B, m, head, norm, bias, saved or backbone."""
+        if self.config is None:
+            return full_groups(self.net)
+        found = adapter_parameters(self.net, self.hparams.adapter_name)
+        groups = {name: [p for p in group.values() if p.requires_grad] for name, group in found.items()}
+        return {name: group for name, group in groups.items() if group}
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapter, or in mode "full" the whole model, to a directory that visionlora.load_model reads."""
+        h = self.hparams
+        name, _, tag = h.model_name.partition(".")
+        given = {"name": name, "args": h.model_args or {}} | ({"tag": tag} if tag else {})
+        metrics = {f"{where}/{key}": v for where, r in self.results.items() for key, v in r.scalars().items()}
+        data = h.data or (data_config(h.model_name, model_args=h.model_args) if name else None)
+        record = {"base": given if name else None, "classes": h.class_names, "data": data, "metrics": metrics}
+        if self.config is None:
+            save_full(self.net, directory, **record)
+        else:
+            save_adapter(self.net, directory, name=h.adapter_name, **record)
+
+    def fingerprint(self) -> str:
+        """Return the hash of the base weights as they were before training."""
+        return self._base

@@ -1,0 +1,62 @@
+"""What the settings of an image classifier may be, and which adapter a mode means."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
+from visionlora.errors import ConfigError
+
+Mode = Literal["lora", "full", "linear", "norm"]
+RATES: dict[str, float] = {"lora": 1e-3, "linear": 1e-2, "norm": 1e-3, "full": 1e-4}
+"""Learning rates of AdamW that suit the modes."""
+
+
+def adapter_config(mode: str, lora: LoraConfig) -> LoraConfig | None:
+    """Return the adapter that a mode means; None trains the model in full."""
+    modes = {
+        "lora": lora,
+        "linear": LoraConfig(target_modules="none", norm="frozen"),
+        "norm": LoraConfig(target_modules="none", norm="affine"),
+        "full": None,
+    }
+    if mode not in modes:
+        raise ConfigError(f"mode must be one of {', '.join(modes)}, got {mode!r}{did_you_mean(str(mode), list(modes))}")
+    return modes[mode]
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for a setting that cannot work."""
+    classes, names = settings["num_classes"], settings["class_names"]
+    if not isinstance(classes, int) or classes < 2:
+        raise ConfigError(f"num_classes must be a whole number of at least 2, got {classes!r}")
+    if names is not None and (len(names) != classes or len(set(names)) != classes):
+        raise ConfigError(f"class_names needs {classes} different names, one a class, got {list(names)}")
+    for name in ("head_lr_factor", "lora_plus", *(("lr",) if settings["lr"] is not None else ())):
+        _in_range(name, settings[name], above=0)
+    _in_range("weight_decay", settings["weight_decay"])
+    for name in ("warmup", "label_smoothing"):
+        _in_range(name, settings[name], below=1)
+    _check_weights(settings["class_weights"], classes)
+    check_adapter_name(settings["adapter_name"])
+
+
+def _check_weights(weights: Any, classes: int) -> None:
+    if isinstance(weights, str):
+        if weights not in ("none", "balanced"):
+            near = did_you_mean(weights, ["none", "balanced"])
+            raise ConfigError(f"class_weights must be none, balanced or a list of numbers, got {weights!r}{near}")
+        return
+    if len(weights) != classes or not any(weights):
+        raise ConfigError(f"class_weights needs {classes} numbers, one a class and not all 0, got {list(weights)}")
+    for weight in weights:
+        _in_range("a class weight", weight)
+
+
+def _in_range(name: str, value: Any, *, above: float | None = None, below: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < below or (above is not None and value <= above):
+        low = f"above {above:g}" if above is not None else "of at least 0"
+        high = f" and below {below:g}" if below < math.inf else ""
+        raise ConfigError(f"{name} must be a finite number {low}{high}, got {value!r}")
