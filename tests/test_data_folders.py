@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from visionlora.data.classes import check_labels, class_list
-from visionlora.data.folders import Sample, list_images, read_csv, read_tree, scan_tree
+from visionlora.data.find import find_images
+from visionlora.data.folders import Sample, read_csv, read_tree, scan_tree
 from visionlora.errors import DataError
 
 
@@ -97,7 +99,7 @@ def test_trees_that_fit_no_layout_are_errors(tmp_path: Path, files: list[str], m
 def test_a_loop_of_links_is_an_error(tmp_path: Path) -> None:
     tree(tmp_path, "car/a.jpg", "bus/b.jpg")
     (tmp_path / "car" / "again").symlink_to(tmp_path)
-    for call in (read_tree, list_images):
+    for call in (read_tree, find_images):
         with pytest.raises(DataError, match=r"car/again: a symbolic link to a folder that contains it"):
             call(tmp_path)
 
@@ -210,3 +212,36 @@ def test_fewer_than_two_classes_are_refused(labels: list[str]) -> None:
 def test_an_unknown_class_in_another_split_is_named_with_its_neighbour() -> None:
     with pytest.raises(DataError, match=r"split val: .*'trucks'; did you mean \"truck\""):
         check_labels(["car", "trucks"], ["car", "truck"], where="split val")
+
+
+def test_a_file_a_folder_and_a_glob_stand_for_images(tmp_path: Path) -> None:
+    tree(tmp_path, "b.jpg", "sub/a.png", "sub/notes.txt", "odd[1].jpg")
+    names = [str(tmp_path / name) for name in ("b.jpg", "odd[1].jpg", "sub/a.png")]
+    assert find_images(tmp_path) == names
+    assert find_images(str(tmp_path / "**" / "*.*g")) == names
+    assert find_images(str(tmp_path / "odd[1].jpg")) == [names[1]]
+    assert find_images(str(tmp_path / "sub" / "notes.txt")) == [str(tmp_path / "sub" / "notes.txt")]
+
+
+@pytest.mark.parametrize(("source", "message"), [("*.bmp", "no image found"), ("b.jpeg", 'did you mean "b.jpg"')])
+def test_a_source_without_images_is_an_error(tmp_path: Path, source: str, message: str) -> None:
+    tree(tmp_path, "b.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        find_images(str(tmp_path / source))
+    with pytest.raises(DataError, match="no image found"):
+        find_images(tmp_path / "empty")
+
+
+def test_a_folder_closed_to_us_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, "car/a.jpg", "bus/b.jpg")
+    real = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "bus":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # a chmod does not stop the administrator
+    with pytest.raises(DataError, match="bus: Permission denied"):
+        read_tree(tmp_path)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import csv
-import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 from visionlora.config import did_you_mean
+from visionlora.data.find import missing, walk
 from visionlora.data.images import EXTENSIONS
 from visionlora.errors import DataError
 
-__all__ = ["LAYOUTS", "Layout", "Sample", "Scan", "list_images", "missing", "read_csv", "read_tree", "scan_tree"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["LAYOUTS", "Layout", "Sample", "Scan", "read_csv", "read_tree", "scan_tree"]
 
 Layout = Literal["auto", "class", "split/class", "domain/class", "domain/split/class"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "class", "split/class", "domain/class", "domain/split/class")
@@ -27,7 +24,6 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-JUNK = ("__MACOSX", "__pycache__", "@eaDir", "lost+found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +74,7 @@ def scan_tree(root: str | PathLike[str], *, layout: Layout = "auto") -> Scan:
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} is a file; give a CSV as csv" if root.is_file() else missing(root))
-    folders, problems = _folders(root)
+    folders, problems = walk(root)
     names = [parts for parts, images, _ in folders if images]
     if not names:
         return Scan([], [], [*problems, f"{root}: no image in it (looked for {' '.join(EXTENSIONS)})"])
@@ -112,63 +108,6 @@ def read_csv(path: str | PathLike[str]) -> list[Sample]:
     if twice:
         raise DataError(f"{path}: listed more than once: {_some(twice)}")
     return samples
-
-
-def list_images(folder: str | PathLike[str]) -> list[str]:
-    """Return the image files in a folder and its sub-folders, sorted. Raises DataError for links that loop."""
-    folders, problems = _folders(Path(folder))
-    if problems:
-        raise DataError(_some(problems))
-    return [str(Path(folder, *parts, name)) for parts, images, _ in folders for name in images]
-
-
-def missing(path: str | PathLike[str]) -> str:
-    """Return the message for a path that does not exist, with the nearest name beside it."""
-    path = Path(path)
-    parent, name = path.parent, path.name
-    while not parent.is_dir() and parent != parent.parent:
-        parent, name = parent.parent, parent.name
-    beside = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")] if parent.is_dir() else []
-    return f"{path} does not exist{did_you_mean(name, beside)}"
-
-
-_Folder = tuple[tuple[str, ...], list[str], bool]
-
-
-def _folders(root: Path) -> tuple[list[_Folder], list[str]]:
-    """Return (parts below root, image names, has no sub-folder) of every folder, and the faults met."""
-    problems: list[str] = []
-    return list(_walk(root, (), frozenset(), problems)), problems
-
-
-def _walk(
-    folder: Path, parts: tuple[str, ...], above: frozenset[tuple[int, int]], problems: list[str]
-) -> Iterator[_Folder]:
-    try:
-        stat = folder.stat()
-        with os.scandir(folder) as found:
-            entries = {e.name: _is_dir(e) for e in found if not e.name.startswith(".") and e.name not in JUNK}
-    except OSError as e:
-        problems.append(f"{folder}: {e.strerror}")
-        return
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        problems.append(f"{folder}: a symbolic link to a folder that contains it; remove the link")
-        return
-    below = sorted(name for name, is_dir in entries.items() if is_dir)
-    images = sorted(name for name, is_dir in entries.items() if not is_dir and name.lower().endswith(EXTENSIONS))
-    if len(images) + len(below) < len(entries):
-        logger.info("%s: %d files are not images by their name", folder, len(entries) - len(images) - len(below))
-    yield parts, images, not below
-    for name in below:
-        yield from _walk(folder / name, (*parts, name), above | {here}, problems)
-
-
-def _is_dir(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself stays in the list: an image that cannot be read, to be reported as one
-        return False
 
 
 def _layout_of(root: Path, names: list[tuple[str, ...]]) -> tuple[str, str]:

@@ -123,7 +123,7 @@ def _target(
         pool, [1 - val_share - test_share, val_share, test_share], seed=division.split_seed, group_by=division.group_by
     )
     val, test = val or more_val, test or more_test
-    if not test:
+    if val and not test:
         logger.warning("no test images: the target test is the validation part, which also chooses the best adapter")
     return train, val, test or val
 
