@@ -7,14 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionlora.core.attach import own_class
-from visionlora.errors import BaseMismatchError
+from visionlora.errors import BaseMismatchError, ConfigError
 from visionlora.merging import base_state_dict, fingerprint, head_fingerprint
 
 
 def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
     """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
-    given = given or {}
-    known = _timm_name(model)
+    given, known = given or {}, _timm_name(model)
+    for field in given:
+        if field not in ("name", "tag", "args"):
+            raise ConfigError(f"base has the fields name, tag and args, not {field!r}")
     return {
         "name": given.get("name", known.get("architecture")),
         "tag": given.get("tag", known.get("tag")),

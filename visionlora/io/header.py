@@ -64,7 +64,8 @@ def open_inside(path: Path) -> BinaryIO:
 
     Raises AdapterFileError for a link out of the folder, a pipe, a device, a foreign hard link.
     """
-    folder, real = path.parent.resolve(), path.resolve()
+    # not Path.resolve: it raises RuntimeError for a link to itself on Python 3.10 to 3.12
+    folder, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     if real.parent != folder and not _is_cache_blob(real, folder):
         raise AdapterFileError(f"a link to {real}, outside its folder; copy the file itself here")
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever. Windows has neither flag.

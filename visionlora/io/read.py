@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,20 @@ def read_adapter(source: str | Path, *, allow_nonfinite: bool = False) -> Adapte
         raise AdapterFileError(f"{path}: {e}") from None
     for notice in notices:
         _log.warning("%s: %s", path.parent, notice)
-    used = {core_key(key): tensor for key, tensor in tensors.items() if not key.endswith(".num_batches_tracked")}
+    used = {core_key(key): tensors[key] for key in _used(tensors)}
     return AdapterFile(path, record, {key: as_used(key, tensor) for key, tensor in used.items()}, tuple(notices))
+
+
+def _used(keys: Iterable[str]) -> list[str]:
+    """Return the keys but for what PEFT writes and never needs: step counters and second copies of saved biases."""
+    known = dict.fromkeys(keys)  # a set that keeps the order
+    twins = {f"{twin}.bias": ".bias" for twin in (".modules_to_save", ".original_module")}
+    return [
+        key
+        for key in known
+        if not key.endswith(".num_batches_tracked")
+        and not any(key.endswith(end) and key.removesuffix(end) + plain in known for end, plain in twins.items())
+    ]
 
 
 def _weights_path(source: Path) -> Path:
@@ -79,7 +92,7 @@ _PICKLE = (
 
 
 def _record(path: Path, header: Header) -> tuple[dict[str, Any], list[str]]:
-    shapes = {key: slot.shape for key, slot in header.slots.items() if not key.endswith(".num_batches_tracked")}
+    shapes = {key: header.slots[key].shape for key in _used(header.slots)}
     if RECORD in header.metadata:
         record = from_metadata(header.metadata)
         check_agreement(record, shapes)

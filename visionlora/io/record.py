@@ -11,7 +11,7 @@ from typing import Any
 from visionlora.config import ADAPTER_NAME, LoraConfig
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.keys import core_key
-from visionlora.io.strict import ListOf, MapOf, Maybe, Rule, Schema, check, is_finite, is_whole, parse_object
+from visionlora.io.strict import ListOf, MapOf, Maybe, Rule, Schema, check, is_finite, is_whole, parse_object, wrong
 
 FORMAT_VERSION = 1
 RECORD, RECORD_SUM = "visionlora", "visionlora_sha256"
@@ -151,6 +151,8 @@ def to_metadata(record: dict[str, Any]) -> dict[str, str]:
 def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
     """Return the checked record of a weights file. Raises AdapterFileError."""
     text = metadata[RECORD]
+    if metadata.keys() != {"format", RECORD, RECORD_SUM} or metadata["format"] != "pt":
+        raise wrong("__metadata__", f"format=pt, {RECORD} and {RECORD_SUM}", sorted(metadata))
     if metadata.get(RECORD_SUM) != _digest(text):
         raise AdapterFileError("record: its checksum does not fit; it was changed after the adapter was saved")
     record = parse_object(text.encode(), "record")
