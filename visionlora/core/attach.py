@@ -42,15 +42,22 @@ class Adapted(nn.Module):
         if base is None or not changes:
             return base
         if DTensor is not None and isinstance(base, DTensor):
-            raise StateError(
-                f"{type(self).__name__}.{attribute} is computed from its adapter and cannot be sharded by FSDP2; "
-                "leave this layer out (exclude_modules) or train with DDP"
-            )
+            return self._sharded(attribute, base, changes)
         wide = widened(base)
         total = wide
         for change, strength in changes:
             total = change.onto(total, wide, strength)
         return total.to(base.dtype)
+
+    def _sharded(self, attribute: str, base: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
+        # FSDP2 asks the layer for its sharded parameter between forward passes and must get the stored one; inside a
+        # pass the parameters are whole, plain tensors. A computed weight would be taken for the parameter's new value
+        if any(isinstance(change, Delta) for change, _ in changes):
+            raise StateError(
+                f"the {attribute} of a {own_class(self).__name__} is computed from its adapter and cannot be sharded by "
+                "FSDP2; leave such layers out (exclude_modules) or train with DDP"
+            )
+        return base
 
     def active_changes(self, attribute: str) -> list[tuple[Change, float]]:
         found = []
