@@ -1,9 +1,10 @@
 """Train the small backbone that ships in the package, on the day domain of the generated scenes.
 
-    python scripts/train_scenes_backbone.py --scenes runs/backbone_scenes --out visionlora/vision/assets
+    OMP_NUM_THREADS=1 python scripts/train_scenes_backbone.py --scenes runs/scenes --out visionlora/vision/assets
 
 Draws 8 classes x 700 day pictures (about 2 minutes), trains for 15 epochs (about 5 minutes on one core), writes
-scenes_resnet.safetensors and prints the accuracy on unseen pictures of the day and of every other domain.
+scenes_resnet.safetensors and prints the accuracy on unseen pictures: day_test 0.99, day_tilted_test 0.60,
+night_test 0.84, night_tilted_test 0.45, and every other domain.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from visionlora.data.scenes import CLASSES, DOMAINS, write_scenes
 from visionlora.vision import scenes_backbone
 
+TESTS = 40  # pictures a class and domain
+
 
 def read_domain(root: Path, domain: str, per_class: int) -> tuple[Tensor, Tensor]:
     """Return the first pictures of each class, (n, 3, height, width) in [-1, 1], and their labels (n,)."""
-    files = [
-        (path, label) for label, name in enumerate(CLASSES) for path in sorted((root / domain / name).glob("*.jpg"))
-    ]
+    folders = [(root / domain / name, label) for label, name in enumerate(CLASSES)]
+    files = [(path, label) for folder, label in folders for path in sorted(folder.glob("*.jpg"))[:per_class]]
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, torch.tensor([label for _, label in files])
@@ -89,15 +91,18 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tests = [name for name, domain in DOMAINS.items() if domain.held_out]
     # seed 1: the pictures that a user draws with the default seed 0 were never trained on
-    write_scenes(args.scenes, domains=["day", *tests], per_class=args.per_class, test_per_class=40, seed=args.seed)
+    write_scenes(args.scenes, domains=["day", *tests], per_class=args.per_class, test_per_class=TESTS, seed=args.seed)
     started = time.perf_counter()
-    model = train(timm.create_model("scenes_resnet"), *read_domain(args.scenes, "day"), epochs=args.epochs, lr=4e-3)
+    images, labels = read_domain(args.scenes, "day", args.per_class)
+    model = train(timm.create_model("scenes_resnet"), images, labels, epochs=args.epochs, lr=4e-3)
     print(f"trained in {time.perf_counter() - started:.0f} s")
     for name in tests:
-        print(f"{name:22s} {accuracy(model, *read_domain(args.scenes, name)):.3f}")
+        print(f"{name:22s} {accuracy(model, *read_domain(args.scenes, name, TESTS)):.3f}")
     args.out.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, args.out / scenes_backbone.WEIGHTS.name, metadata={"format": "pt"})
+    path = args.out / scenes_backbone.WEIGHTS.name
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for the owner alone; this one is packaged
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generated scenes: same seed same bytes, conditions that differ, an ordinary image folder, a backbone that knows them."""
+"""Generated scenes: same seed same bytes, conditions that differ, an image folder, a backbone that knows them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from visionlora.data.scenes import CAMERAS, CLASSES, CONDITIONS, DOMAINS, Camera, render, write_scenes
-from visionlora.data.scenes.camera import aim
+from visionlora.data.scenes.camera import aim, draw_camera
 from visionlora.data.scenes.raycast import cast, shadow
 from visionlora.data.scenes.solids import Material, box, ellipsoid, limb, pole, wheel
 from visionlora.data.scenes.weather import Light
 from visionlora.errors import ConfigError, DataError
+from visionlora.vision import scenes_backbone
 
 SOLIDS = {
     "box": box((1, 2, 3), (2, 1, 3), Material()),
@@ -37,7 +40,7 @@ def _pictures(condition: str, camera: str, count: int = 16) -> np.ndarray:
 def test_entry_and_exit_agree_with_marching_along_the_ray(name: str) -> None:
     solid, rng = SOLIDS[name], np.random.default_rng(0)
     middle = solid.corners.mean(1, keepdims=True)
-    origin = (middle + [[4], [-5], [3]]).astype(np.float32)
+    origin = (middle + np.array([[4], [-5], [3]])).astype(np.float32)
     rays = (middle + rng.uniform(-1, 1, (3, 200)) - origin).astype(np.float32)
     near, far = solid.interval(origin, rays)
     steps = np.linspace(0.3, 1.7, 2001)
@@ -58,7 +61,7 @@ def test_entry_and_exit_agree_with_marching_along_the_ray(name: str) -> None:
 def test_normals_are_unit_and_face_the_ray(name: str) -> None:
     solid, rng = SOLIDS[name], np.random.default_rng(1)
     middle = solid.corners.mean(1, keepdims=True)
-    origin = (middle + [[-6], [2], [4]]).astype(np.float32)
+    origin = (middle + np.array([[-6], [2], [4]])).astype(np.float32)
     rays = (middle + rng.uniform(-0.9, 0.9, (3, 300)) - origin).astype(np.float32)
     near, far = solid.interval(origin, rays)
     hit = near < far - 0.02
@@ -82,10 +85,17 @@ def test_a_box_throws_its_shadow_away_from_the_sun() -> None:
     assert np.abs(y).max() < 0.6
 
 
-def test_a_steeper_camera_moves_the_horizon_out_of_the_picture() -> None:
-    corners = box((0, 0, 0.75), (4, 1.8, 1.5), Material()).corners
-    sky = [(aim(Camera(6, pitch), corners, 0.2, np.zeros(2), 64).rays()[2] > 0).mean() for pitch in (3, 10, 45)]
-    assert sky[0] > sky[1] > sky[2] == 0
+def test_the_level_camera_sees_the_sky_and_the_tilted_one_the_street() -> None:
+    corners, rng = box((0, 0, 1.5), (11, 2.5, 3), Material()).corners, np.random.default_rng(0)
+    views = {m: [aim(draw_camera(m, rng), corners, 0.7, np.zeros(2), 32) for _ in range(20)] for m in CAMERAS}
+    sky = {m: np.mean([(view.rays()[2] > 0).mean() for view in seen]) for m, seen in views.items()}
+    assert sky["level"] > 0.1
+    assert sky["tilted"] < 0.01
+
+
+def test_pitch_is_the_angle_below_the_horizontal() -> None:
+    forward = aim(Camera(6, 30, 90), box((0, 0, 1), (1, 1, 2), Material()).corners, 0.5, np.zeros(2), 32).axes[2]
+    np.testing.assert_allclose(forward, [0, np.cos(np.pi / 6), -0.5], atol=1e-6)
 
 
 def test_roll_turns_the_horizon() -> None:
@@ -173,7 +183,7 @@ def test_write_scenes_makes_an_image_folder(tmp_path: Path) -> None:
     assert written == len(seen) == 3 * len(CLASSES)
     with Image.open(seen[0]) as picture:
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
-    assert not [p for p in (tmp_path / "s").rglob(".*")]
+    assert not list((tmp_path / "s").rglob(".*"))
 
 
 def test_train_and_test_domains_share_no_picture(tmp_path: Path) -> None:
@@ -254,3 +264,38 @@ def test_there_is_a_domain_for_every_condition_camera_and_half() -> None:
     assert len(DOMAINS) == len(CONDITIONS) * len(CAMERAS) * 2
     tilted = DOMAINS["night_tilted_test"]
     assert (tilted.condition, tilted.camera, tilted.held_out) == ("night", "tilted", True)
+
+
+def test_the_shipped_backbone_is_small_and_described() -> None:
+    assert scenes_backbone.WEIGHTS.stat().st_size <= 2 * 2**20
+    described = timm.get_pretrained_cfg("scenes_resnet")
+    assert described.num_classes == len(described.label_names) == len(CLASSES)
+    assert described.input_size == (3, 64, 64)
+    model = timm.create_model("scenes_resnet")
+    assert model.get_submodule(described.first_conv).weight.shape[1] == 3
+    assert model.get_submodule(described.classifier).out_features == len(CLASSES)
+
+
+def test_the_shipped_backbone_loads_and_recognises_fresh_day_pictures_better_than_night_ones() -> None:
+    model = timm.create_model("scenes_resnet", pretrained=True).eval()
+    right = {
+        condition: _accuracy(model, condition, camera) for condition, camera in (("day", "level"), ("night", "tilted"))
+    }
+    assert right["day"] >= 0.85
+    assert right["night"] <= right["day"] - 0.15  # what an adapter is there to win
+
+
+def test_another_head_and_features_come_from_the_same_weights() -> None:
+    whole = timm.create_model("scenes_resnet", pretrained=True).eval()
+    five = timm.create_model("scenes_resnet", pretrained=True, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert five(x).shape == (2, 5)
+    torch.testing.assert_close(five.forward_features(x), whole.forward_features(x))
+
+
+@torch.inference_mode()
+def _accuracy(model: torch.nn.Module, condition: str, camera: str) -> float:
+    labels = torch.arange(64) % len(CLASSES)
+    pictures = np.stack([render(CLASSES[k], condition, camera, 10**6 + i, 64) for i, k in enumerate(labels.tolist())])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    return (model(images).argmax(1) == labels).float().mean().item()
