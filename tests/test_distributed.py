@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 def train(strategy: str, images: Path, out: Path) -> dict[str, torch.Tensor]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     command = [sys.executable, str(SCRIPT), strategy, str(images), str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
 
