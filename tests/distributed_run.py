@@ -1,4 +1,4 @@
-"""Train a small ViT for a few steps with a strategy and write its adapter; test_distributed.py runs it once a process."""
+"""Train a small ViT for a few steps by a strategy and write its adapter; test_distributed.py runs this."""
 
 from __future__ import annotations
 
