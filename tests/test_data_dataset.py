@@ -15,6 +15,7 @@ from visionlora.data.dataset import UNLABELLED, Batch, ImageDataset, OnError, co
 from visionlora.data.transforms import Preprocess, input_config
 from visionlora.errors import DataError, ImageError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12 with workers
 PREPROCESS = Preprocess(input_config(image_size=8, mean=[0.0], std=[1.0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
@@ -22,6 +24,7 @@ from visionlora.errors import ConfigError, DataError, ImageError
 from visionlora.training.sampler import ResumableSampler
 from visionlora.vision.datamodule import ImageFolderData
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12 with workers
 lightning_warnings = pytest.mark.filterwarnings(
     "ignore:The '.*dataloader' does not have many workers", "ignore:`isinstance.treespec, LeafSpec.` is deprecated"
 )
@@ -192,6 +195,12 @@ def test_validation_without_images_is_an_error(plain: Path) -> None:
         data(plain, val_fraction=0.0).val_dataloader()
 
 
+def test_a_worker_that_hangs_is_an_error_by_default(plain: Path) -> None:
+    assert data(plain, num_workers=2).train_dataloader().timeout == 300
+    assert data(plain, num_workers=0).train_dataloader().timeout == 0
+    assert data(plain).train_dataloader().num_workers == 0
+
+
 def test_another_sampler_may_be_given(plain: Path) -> None:
     loader = data(plain, train_sampler=SequentialSampler).train_dataloader()
     assert isinstance(loader.sampler, SequentialSampler)
@@ -202,6 +211,19 @@ def test_settings_are_kept_as_plain_data(plain: Path) -> None:
     assert module.hparams["group_by"] == "^."
     assert "train_sampler" not in module.hparams
     assert "group_by" not in data(plain, group_by=str.lower).hparams
+
+
+def test_the_command_line_reads_and_writes_every_setting(plain: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ImageFolderData, "data")
+    augment = [{"name": "OneOf", "p": 0.5, "transforms": [{"name": "RandomGamma", "gamma_limit": [60, 140]}]}]
+    words = [f"--data.root={plain}", "--data.image_size=[8, 12]", "--data.group_by=^[^_]+", "--data.mean=[0.5]"]
+    words += [f"--data.augment={json.dumps(augment)}", "--data.classes=[car, bus]", "--data.train_domains=null"]
+    config = parser.parse_args(words)
+    again = parser.parse_string(parser.dump(config))
+    assert again.data.augment == augment
+    module = parser.instantiate(again).data
+    assert (module.input_config.input_size, module.class_names) == ((3, 8, 12), ["car", "bus"])
 
 
 @pytest.mark.parametrize(

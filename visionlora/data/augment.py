@@ -45,14 +45,17 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
         {"name": "RandomBrightnessContrast", "brightness_limit": [-0.35, 0.25], "contrast_limit": 0.3, "p": 0.5},
         {"name": "OneOf", "p": 0.12, "transforms": [
             {"name": "RandomRain", "rain_type": "drizzle", "blur_value": 3, "brightness_coefficient": 0.85, "p": 1.0},
-            {"name": "RandomFog", "fog_coef_range": [0.1, 0.35], "alpha_coef": 0.08, "p": 1.0},
+            # Fog of one depth is t * picture + (1 - t) * air light (Koschmieder). RandomFog draws its particles one by
+            # one: 69 ms for a picture of 224 pixels, against 0.06 ms.
+            {"name": "RandomBrightnessContrast", "contrast_limit": [-0.6, -0.3], "brightness_limit": [0.2, 0.45],
+             "p": 1.0},
         ]},
         {"name": "OneOf", "p": 0.25, "transforms": [
             {"name": "MotionBlur", "blur_limit": [3, 7], "p": 1.0},
             {"name": "Defocus", "radius": [1, 3], "p": 1.0},
         ]},
         {"name": "ToGray", "p": 0.1},  # infrared light
-        {"name": "ISONoise", "color_shift": [0.01, 0.05], "intensity": [0.1, 0.6], "p": 0.4},
+        {"name": "ISONoise", "color_shift": [0.01, 0.05], "intensity": [0.1, 0.5], "p": 0.4},
         {"name": "ImageCompression", "quality_range": [35, 90], "p": 0.4},
     ],
 }  # fmt: skip
