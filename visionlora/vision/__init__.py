@@ -23,7 +23,7 @@ _WHERE = {
     "load_transform": "visionlora.vision.loading",
 }
 
-__all__ = list(_WHERE)  # noqa: PLE0605  (all are names, computed from one table)
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.targets import head_layers
+from visionlora.vision import scenes_backbone  # noqa: F401  (timm then knows the embedded backbone)
 
 __all__ = ["check_model_name", "create_backbone", "data_config"]
 

@@ -45,10 +45,11 @@ class Result:
 
 
 class Scores:
-    """Running scores of one set of images, reduced over all processes when computed."""
+    """Running scores of one set of images, reduced over all processes when computed (unless not `shared`)."""
 
-    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
-        options: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}  # we check, with better words
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, shared: bool = True) -> None:
+        options: dict[str, Any] = {"num_classes": num_classes, "sync_on_compute": shared}
+        options["validate_args"] = False  # we check, with better words
         self.metrics = MetricCollection(
             {
                 "acc": MulticlassAccuracy(average="micro", **options),
@@ -57,7 +58,7 @@ class Scores:
                 "confusion": MulticlassConfusionMatrix(**options),
             }
         ).to(device)
-        self.loss = MeanMetric().to(device)
+        self.loss = MeanMetric(sync_on_compute=shared).to(device)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch. Raises NonFiniteError for NaN or infinite predictions, which torchmetrics would score."""

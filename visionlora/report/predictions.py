@@ -1,0 +1,64 @@
+"""Predictions as CSV and as JSON lines, row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from visionlora.errors import ConfigError
+
+__all__ = ["PredictionWriter"]
+
+
+class PredictionWriter:
+    """Write OUT.csv and OUT.jsonl while predictions come; use as a context.
+
+    A CSV row is path, label, probability, then label_2, probability_2 and so on up to `top`. A JSON line is
+    {"path", "label", "probability", "top": [{"label", "probability"}, ...]}. Probabilities have six decimals.
+    """
+
+    def __init__(self, out: str | Path, class_names: Sequence[str], *, top: int = 5) -> None:
+        if top < 1:
+            raise ConfigError(f"top must be at least 1, got {top}")
+        self.csv_path, self.jsonl_path = (Path(f"{out}{suffix}") for suffix in (".csv", ".jsonl"))
+        self.class_names, self.top = list(class_names), min(top, len(class_names))
+        self.rows = 0
+        self._files: tuple[TextIO, TextIO] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PredictionWriter:
+        self.csv_path.parent.mkdir(parents=True, exist_ok=True)
+        table = self._stack.enter_context(self.csv_path.open("w", newline="", encoding="utf-8"))
+        lines = self._stack.enter_context(self.jsonl_path.open("w", encoding="utf-8"))
+        self._files = table, lines
+        further = [f"{name}_{rank}" for rank in range(2, self.top + 1) for name in ("label", "probability")]
+        csv.writer(table).writerow(["path", "label", "probability", *further])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._files = None
+
+    def write(self, paths: Sequence[str], probabilities: Tensor) -> None:
+        """Append the predictions of a batch; probabilities are (batch, classes)."""
+        assert self._files is not None, "open the writer with `with`"
+        table, lines = self._files
+        values, classes = probabilities.float().cpu().topk(self.top, dim=-1)
+        for path, row, indices in zip(paths, values.tolist(), classes.tolist(), strict=True):
+            found = [(self.class_names[i], round(p, 6)) for i, p in zip(indices, row, strict=True)]
+            csv.writer(table).writerow([path, *(cell for pair in found for cell in pair)])
+            lines.write(json.dumps(_line(path, found), ensure_ascii=False) + "\n")
+            self.rows += 1
+        for file in self._files:  # what is written survives a crash of the rest
+            file.flush()
+
+
+def _line(path: str, found: list[tuple[str, float]]) -> dict[str, Any]:
+    top = [{"label": label, "probability": probability} for label, probability in found]
+    return {"path": path, **top[0], "top": top}
