@@ -35,10 +35,10 @@ from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.module import ImageClassifier
 
 GRID: dict[str, tuple[float | None, ...]] = {
-    "lora": (3e-3, 1e-2),
-    "linear": (1e-2, 3e-2),
+    "lora": (None,),
+    "linear": (3e-3, 1e-2),
     "norm": (1e-2, 3e-2),
-    "full": (1e-3, 3e-3),
+    "full": (3e-4, 1e-3, 3e-3),
 }
 
 
@@ -61,7 +61,7 @@ class Task:
 
 
 def office(backbone: Callable[[Path], nn.Module], target: str, size: int) -> Task:
-    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), size, epochs=10)
+    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), size, epochs=8)
 
 
 TASKS = {

@@ -57,7 +57,7 @@ class ImageClassifier(pl.LightningModule):
         pretrained: start from timm's weights (fetched when they are not on this machine).
         checkpoint: start from a local file with weights of this backbone instead.
         model_args: further arguments of timm.create_model.
-        lr: learning rate of AdamW; by default 1e-3, for "linear" 1e-2, for "full" 1e-4.
+        lr: learning rate of AdamW; by default 3e-3, for "linear" and "norm" 1e-2, for "full" 1e-4.
         head_lr_factor: multiplies the rate of the head.
         lora_plus: multiplies the rate of B (LoRA+, Hayou et al. 2024); 1 is plain LoRA.
         weight_decay: of all tensors with two dimensions or more.

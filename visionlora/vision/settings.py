@@ -9,7 +9,7 @@ from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
 from visionlora.errors import ConfigError
 
 Mode = Literal["lora", "full", "linear", "norm"]
-RATES: dict[str, float] = {"lora": 1e-3, "linear": 1e-2, "norm": 1e-3, "full": 1e-4}
+RATES: dict[str, float] = {"lora": 3e-3, "linear": 1e-2, "norm": 1e-2, "full": 1e-4}
 """Learning rates of AdamW that suit the modes."""
 
 
