@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import timm
 import torch
+from pytorch_lightning.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -382,6 +383,33 @@ def test_norm_mode_needs_a_normalisation():
     net = timm.create_model("test_nfnet", num_classes=3)
     with pytest.raises(ConfigError, match="no normalisation"):
         ImageClassifier.from_model(net, num_classes=3, mode="norm")
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # LightningCLI's use
+def test_the_command_line_sets_everything_and_keeps_plain_data(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["visionlora"])
+    path = tmp_path / "base.pth"
+    torch.save(backbone().state_dict(), path)
+    words = [
+        "--model.model_name=test_resnet",
+        "--model.num_classes=3",
+        f"--model.checkpoint={path}",
+        "--model.mode=lora",
+    ]
+    words += ["--model.lora.r=2", "--model.lora.norm=stats", "--model.class_weights=[1,2,1]", "--model.lr=0.01"]
+    words += ['--model.model_args={"zero_init_last": false}', "--trainer.max_epochs=1", "--trainer.logger=false"]
+    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", f"--trainer.default_root_dir={tmp_path}"]
+    words += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false", "--seed_everything=false"]
+    cli = LightningCLI(
+        ImageClassifier, Data, args=words, run=False, save_config_callback=None, auto_configure_optimizers=False
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["lora"] == vl.LoraConfig(r=2, norm="stats").to_dict()
+    assert saved["class_weights"] == [1, 2, 1]
+    assert not any(key.startswith("_") for key in saved)
+    assert cli.model.config == vl.LoraConfig(r=2, norm="stats")
 
 
 @pytest.mark.slow

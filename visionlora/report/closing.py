@@ -91,13 +91,20 @@ def _costs(closing: Closing) -> list[str]:
             f"{closing.trainable:,} parameters, {share:.2%} of the model's {closing.base:,} (mode {closing.mode})",
         ),
         (what, f"{readable_size(closing.size)} in {closing.saved}"),
-        ("time", f"{_duration(closing.seconds)} for {closing.epochs} epochs, {closing.steps:,} steps"),
+        (
+            "time",
+            f"{_duration(closing.seconds)} for {_count(closing.epochs, 'epoch')}, {_count(closing.steps, 'step')}",
+        ),
         ("peak memory", f"{memory} ({closing.memory_of})"),
     ]
     if closing.base_unchanged is not None:
         rows.append(("adapter off", "the base, bit for bit" if closing.base_unchanged else "NOT the base any more"))
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
-    MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
@@ -52,7 +51,6 @@ class Scores:
         options["validate_args"] = False  # we check, with better words
         self.metrics = MetricCollection(
             {
-                "acc": MulticlassAccuracy(average="micro", **options),
                 "f1": MulticlassF1Score(average="macro", **options),
                 "ece": MulticlassCalibrationError(n_bins=15, norm="l1", **options),
                 "confusion": MulticlassConfusionMatrix(**options),
@@ -73,13 +71,14 @@ class Scores:
             raise DataError("no image was scored; the set is empty or limit_*_batches is 0")
         values = self.metrics.compute()
         confusion = values.pop("confusion").cpu()
-        totals = confusion.sum(1).tolist()
+        images, totals = int(confusion.sum()), confusion.sum(1).tolist()
         per_class = [
             right / total if total else None for right, total in zip(confusion.diag().tolist(), totals, strict=True)
         ]
         return Result(
-            int(confusion.sum()),
+            images,
             float(self.loss.compute()),
+            int(confusion.trace()) / images,
             **{name: float(value) for name, value in values.items()},
             per_class=per_class,
             confusion=confusion.tolist(),
