@@ -16,7 +16,6 @@ from visionlora.io import read_adapter
 from visionlora.io.read import AdapterFile
 from visionlora.summary import readable_size, summary, table
 from visionlora.targets.presets import PRESETS, family
-from visionlora.vision import scenes_backbone  # noqa: F401  (timm then knows the embedded backbone)
 from visionlora.vision.backbone import create_backbone
 
 

@@ -15,7 +15,6 @@ from visionlora.errors import ConfigError, StateError
 from visionlora.io import read_adapter
 from visionlora.merging import base_state_dict, merge
 from visionlora.summary import readable_size
-from visionlora.vision import scenes_backbone  # noqa: F401  (timm then knows the embedded backbone)
 from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
 

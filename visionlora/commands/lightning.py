@@ -1,0 +1,254 @@
+"""`visionlora fit | validate | test | predict`: LightningCLI around ImageClassifier and ImageFolderData."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins.io import CheckpointIO
+
+from visionlora import __version__
+from visionlora.commands import runs, words
+from visionlora.commands.console import quiet
+from visionlora.commands.outputs import SaveStageConfig, WritePredictions, loggers, results_table, save_results
+from visionlora.commands.parser import ShortErrors
+from visionlora.commands.scenes import Scenes, draw
+from visionlora.errors import ConfigError
+from visionlora.report.run import RunReport
+from visionlora.training.checkpoint import AdapterCheckpoint
+from visionlora.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from visionlora.training.failures import ExplainFailures, explained
+from visionlora.training.guards import CheckGradients, StopOnNonFinite
+from visionlora.training.quiet import ParameterSummary, progress_bar
+from visionlora.training.resume import ExactResume
+from visionlora.training.signals import StopOnSignal
+from visionlora.vision.datamodule import ImageFolderData
+from visionlora.vision.loading import load_model, read_record
+from visionlora.vision.module import ImageClassifier
+
+STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "lora", "adapter_name")
+"""Settings that make the tensors of a checkpoint what they are; a resumed run cannot change them."""
+
+log = logging.getLogger(__name__)
+
+LINKED = ("num_classes", "class_names", "data")
+"""Settings of the model that come from the data."""
+
+
+class TrainParser(ShortErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors and without guessed abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs |= {"allow_abbrev": False, "dump_header": [f"visionlora=={__version__}"]}
+        super().__init__(*args, **kwargs)
+
+
+def main(args: list[str]) -> int:
+    """Run one of the four verbs and return its exit code."""
+    verb, *rest = args
+    configs, flags = words.split_configs(rest)
+    with quiet():
+        if not {"-h", "--help"} & set(flags):
+            configs, flags = _with_recorded_settings(verb, configs, flags)
+        VisionLoRACLI(configs, [verb, *(w for config in configs for w in ("--config", config)), *flags])
+    return 0
+
+
+class VisionLoRACLI(LightningCLI):
+    """One adapter, its images and a Trainer, built from flags and configs."""
+
+    def __init__(self, configs: list[str], args: list[str]) -> None:
+        self.configs = configs
+        super().__init__(
+            ImageClassifier,
+            ImageFolderData,
+            args=args,
+            parser_class=TrainParser,
+            parser_kwargs={"prog": "visionlora"},
+            save_config_callback=SaveStageConfig,
+            seed_everything_default=0,
+            # LightningCLI's own --optimizer would be given the frozen weights too and ignore --lr_scheduler
+            auto_configure_optimizers=False,
+            trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
+        )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # our own table replaces Lightning's
+        if subcommand == "fit":
+            parser.add_argument("--report", type=bool, default=True, help="compare before and after, draw pictures")
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False, "trainer.devices": 1})
+            parser.add_argument("--source", type=str | None, default=None, help="file, folder or glob of images")
+            parser.add_argument("--out", type=str, default="predictions", help="OUT.csv and OUT.jsonl are written")
+            parser.add_argument("--top", type=int, default=5, help="likeliest classes listed for each image")
+            parser.link_arguments("source", "data.predict_source")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.model_name", "data.model_name")
+        parser.link_arguments("model.model_args", "data.model_args")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
+        parser.link_arguments("data.record", "model.data", apply_on="instantiate")
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.fixed": list(STRUCTURE)})
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="name of the run's folder (default: the config's)"
+        )
+        parser.add_argument("--output", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--adapter", type=str | None, default=None, help="adapter to measure or to predict with")
+        parser.add_argument("--scenes", type=Scenes | None, default=None, help="draw scenes into data.root beforehand")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: LightningCLI would let the checkpoint's settings win over what was typed, without a word."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.scenes is not None:
+            if config.data.root is None:
+                raise ConfigError("scenes are drawn into data.root: set it to a folder")
+            draw(Path(config.data.root), Scenes(**config.scenes))
+        folder = _folder(str(self.subcommand), config, self.configs)
+        if folder is None:
+            self.save_config_callback = None
+        else:
+            config.trainer.default_root_dir = str(folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        if config.logger in (None, True):
+            config.logger = loggers(Path(config.default_root_dir)) if self.subcommand == "fit" else False
+        config.plugins = _plugins(config.plugins)
+        config.callbacks = [*_list(config.callbacks), *self._callbacks(config.enable_progress_bar is not False)]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        adapter = self._get(self.config, "adapter")
+        if adapter is not None:
+            self.model.net = load_model(adapter, checkpoint=self._get(self.config, "model").checkpoint)
+
+    def _callbacks(self, bar: bool) -> list[Callback]:
+        checkpoint = self._get(self.config_init, "checkpoint")
+        callbacks: list[Callback] = [
+            CheckGradients(),
+            StopOnNonFinite(),
+            ExactResume(),
+            ExplainFailures(),
+            StopOnSignal(checkpoint),
+        ]
+        callbacks += [ParameterSummary(), *([progress_bar()] if bar else [])]
+        if self.subcommand == "fit" and self._get(self.config, "report"):
+            callbacks.append(RunReport())
+        if self.subcommand == "predict":
+            callbacks.append(WritePredictions(self._get(self.config, "out"), top=self._get(self.config, "top")))
+        return callbacks
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with explained(self.trainer):
+            super()._run_subcommand(subcommand)
+        if subcommand in ("validate", "test") and self.trainer.is_global_zero:
+            print(results_table(self.model.results))
+            if self.save_config_callback is not None:
+                save_results(Path(self.trainer.default_root_dir, f"{subcommand}.json"), self.model.results)
+
+
+def _with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """Return configs and flags with the settings of the checkpoint or the adapter as the first, weakest configs."""
+    adapter, checkpoint = (words.setting(key, configs, flags) for key in ("adapter", "ckpt_path"))
+    if adapter is not None and (checkpoint is not None or verb == "fit"):
+        what = "--ckpt_path" if checkpoint is not None else "fit"
+        raise ConfigError(
+            f"--adapter does not go with {what}: an adapter is measured as it is (validate, test, predict)"
+        )
+    if adapter is not None:
+        own = _of_adapter(Path(adapter))
+        return [*_of_run(Path(adapter), verb, configs, flags), json.dumps(own), *configs], flags
+    if checkpoint is None:
+        return configs, flags
+    path = _resolve(checkpoint, configs, flags)
+    flags = words.without("ckpt_path", flags)
+    if path is None:
+        return configs, [*flags, "--ckpt_path", "null"]
+    if checkpoint == "last":
+        flags = [*words.without("run", flags), "--run", "null"]  # go on in the folder that was found
+    own = _of_checkpoint(path)
+    return [*_of_run(path, verb, configs, flags), json.dumps(own), *configs], [*flags, "--ckpt_path", str(path)]
+
+
+def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
+    """Return the checkpoint that is meant; None where "last" of a run is wanted that has none yet."""
+    if given != "last":
+        return runs.checkpoint_of(given)
+    name = words.setting("run", configs, flags) or runs.default_name(configs, "")
+    run = runs.newest(Path(words.setting("output", configs, flags) or "runs"), name)
+    if run is None:
+        log.info("no run %s to go on with: this is the first", name)
+    return None if run is None else run / runs.LAST
+
+
+def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list[str]:
+    """Return, as a config, where the run of a checkpoint or an adapter had its base and its images."""
+    run = runs.run_of(path)
+    if run is None:
+        return []
+    recorded = words.read_config(str(run / runs.CONFIG))
+    kept: dict[str, Any] = {"model": {"checkpoint": (recorded.get("model") or {}).get("checkpoint")}}
+    if verb != "predict" and not words.data_is_given(configs, flags):
+        log.info("images as in %s", run / runs.CONFIG)
+        kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
+    return [json.dumps(kept)]
+
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    model = read_checkpoint(path).get("hyper_parameters", {})
+    own = {key: v for key, v in model.items() if key not in LINKED and not key.startswith("_")}
+    return {"model": own, "data": {"classes": model.get("class_names"), **_input(model.get("data"))}}
+
+
+def _of_adapter(directory: Path) -> dict[str, Any]:
+    record = read_record(directory)
+    base, args = record["base"], dict(record["base"]["args"])
+    args.pop("num_classes", None)
+    name = ".".join(part for part in (base["name"], base["tag"]) if part)
+    # the network is replaced by the adapted one as soon as the classifier is there: any weights will do
+    model = {"model_name": name, "model_args": args, "pretrained": False, "mode": "linear"}
+    return {"model": model, "data": {"classes": record["classes"], **_input(record["data"])}}
+
+
+def _input(data: dict[str, Any] | None) -> dict[str, Any]:
+    if data is None:
+        return {}
+    channels, *size = data["input_size"]
+    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {"image_size": size, "in_chans": channels, **{key: data[key] for key in kept if key in data}}
+
+
+def _folder(verb: str, config: Any, configs: list[str]) -> Path | None:
+    """Return where this call writes; None where a measurement belongs to no run."""
+    source = config.get("ckpt_path") or config.adapter
+    if config.run is None and source is not None and (run := runs.run_of(Path(source))) is not None:
+        return run
+    if config.run is None and verb != "fit":
+        return None
+    name = runs.default_name(configs, config.model.model_name) if config.run is None else config.run
+    return runs.next_free(Path(config.output), name)
+
+
+def _plugins(given: Any) -> list[Any]:
+    plugins = _list(given)
+    return plugins if any(isinstance(p, CheckpointIO) for p in plugins) else [*plugins, AtomicCheckpointIO()]
+
+
+def _list(given: Any) -> list[Any]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]

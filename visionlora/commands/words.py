@@ -1,0 +1,103 @@
+"""The words of a training command before they are parsed: configs first, names of shipped configs, settings of a run.
+
+What the user types always wins: a flag over a config wherever the config stands, both over what a checkpoint recorded.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from visionlora.config import did_you_mean
+from visionlora.errors import ConfigError
+
+CONFIG_FLAGS = ("--config", "-c")
+
+
+def split_configs(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the configs in their order, as paths or as text, and the other words."""
+    configs: list[str] = []
+    others: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        flag, given, value = word.partition("=")
+        if flag not in CONFIG_FLAGS:
+            others.append(word)
+        elif given:
+            configs.append(find_config(value))
+        else:
+            configs.append(find_config(_next(waiting, flag)))
+    return configs, others
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config: a file, or the name of one that ships with the package. Raises ConfigError."""
+    if name.lstrip().startswith("{") or Path(name).is_file():
+        return name
+    shipped = {path.stem: path for folder in config_folders() for path in sorted(folder.glob("*.yaml"))}
+    found = shipped.get(name.removesuffix(".yaml"))
+    if found is None:
+        near = did_you_mean(name.removesuffix(".yaml"), list(shipped))
+        raise ConfigError(f"no config file {name}{near}\nshipped configs: {', '.join(sorted(shipped)) or 'none'}")
+    return str(found)
+
+
+def config_folders() -> list[Path]:
+    """Return where configs ship: inside the package, or beside it in a source checkout."""
+    package = Path(str(files("visionlora")))
+    checkout = package.parent if (package.parent / "pyproject.toml").is_file() else package
+    return [folder for folder in (checkout / "configs", package / "configs") if folder.is_dir()]
+
+
+def setting(key: str, configs: list[str], words: list[str]) -> Any:
+    """Return what the user gave for a top-level setting, or None: the last flag, else the last config that has it."""
+    found = None
+    for config in configs:
+        found = read_config(config).get(key, found)
+    for at, word in enumerate(words):
+        flag, given, value = word.partition("=")
+        if flag == f"--{key}":
+            found = value if given else _next(iter(words[at + 1 :]), flag)
+    return found
+
+
+def without(key: str, words: list[str]) -> list[str]:
+    """Return the words without a flag and its value."""
+    kept: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        if word == f"--{key}":
+            next(waiting, None)
+        elif not word.startswith(f"--{key}="):
+            kept.append(word)
+    return kept
+
+
+def data_is_given(configs: list[str], words: list[str]) -> bool:
+    """Tell whether the user says where the images are."""
+    named = any(f"--data.{key}" == word.partition("=")[0] for word in words for key in ("root", "csv"))
+    return named or any({"root", "csv"} & set(read_config(config).get("data") or {}) for config in configs)
+
+
+def read_config(config: str) -> dict[str, Any]:
+    """Return the settings of a config, a path or a text. Raises ConfigError."""
+    text = config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{config[:200]} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{config[:200]}: expected settings (model, data, trainer ...), found {type(content).__name__}"
+        )
+    return content
+
+
+def _next(waiting: Any, flag: str) -> str:
+    value: str | None = next(waiting, None)
+    if value is None:
+        raise ConfigError(f"{flag} needs a value")
+    return value
