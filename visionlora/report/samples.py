@@ -54,7 +54,9 @@ def sections(
     source = sets.get(SOURCE)
     if source is not None and source.before is not None and len(sets) > 1:
         lost = [at for at in range(len(source.after.labels)) if source.was_right(at) and not source.right(at)]
-        shown["source: known before, forgotten now"] = _tiles(source, lost[:ROW], class_names, show)
+        shown["source: known before, forgotten now"] = _tiles(
+            source, [lost[i] for i in _spread(len(lost), ROW)], class_names, show
+        )
     return shown
 
 
