@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,23 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from visionlora.errors import NonFiniteError
 from visionlora.training.checkpoint import AdapterCheckpoint
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
+from visionlora.training.guards import StopOnNonFinite
 from visionlora.training.optim import parameter_groups, warmup_cosine
 from visionlora.training.resume import ExactResume
 from visionlora.training.sampler import ResumableSampler
+from visionlora.training.signals import StopOnSignal
 
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 class Net(nn.Module):
-    def __init__(self, rank: int, classes: int) -> None:
+    def __init__(self, rank: int, classes: int, dropout: float, norm: bool) -> None:
         super().__init__()
         self.base = nn.Linear(6, 64).requires_grad_(False)
         self.A = nn.Linear(6, rank, bias=False)
         self.B = nn.Linear(rank, 64, bias=False)
-        self.drop = nn.Dropout(0.2)
-        self.norm = nn.BatchNorm1d(64)
+        self.drop = nn.Dropout(dropout)
+        self.norm = nn.BatchNorm1d(64) if norm else nn.LayerNorm(64)
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,12 +46,19 @@ class Toy(pl.LightningModule):
     """`at_step` is called with (module, batch index, loss) in every training step and returns the loss to use."""
 
     def __init__(
-        self, lr: float = 0.05, rank: int = 2, classes: int = 3, weight_decay: float = 0.0, base: int = 0
+        self,
+        lr: float = 0.05,
+        rank: int = 2,
+        classes: int = 3,
+        weight_decay: float = 0.0,
+        base: int = 0,
+        dropout: float = 0.2,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(base)
-        self.net = Net(rank, classes)
+        self.net = Net(rank, classes, dropout, norm)
         self.seen: list[int] = []
         self.at_step: Callable[[Toy, int, Tensor], Tensor] = lambda module, index, loss: loss
         self.saved_steps: list[int] = []
@@ -150,9 +163,6 @@ def main() -> None:
 
 def run_slowly(folder: Path) -> None:
     """Train with a pause in every step until a signal comes; say when the third step is done."""
-    import time
-
-    from visionlora.training.signals import StopOnSignal
 
     def slow(module: Toy, index: int, loss: Tensor) -> Tensor:
         if module.trainer.global_step == 3:
@@ -165,10 +175,43 @@ def run_slowly(folder: Path) -> None:
     checkpoint = checkpoint_callback(folder)
     torch.manual_seed(1)
     trainer = make_trainer(folder, [checkpoint, StopOnSignal(checkpoint)], max_epochs=1000)
-    trainer.fit(module, PointsData())
+    trainer.fit(module, PointsData(workers=2 if "workers" in sys.argv else 0))
 
 
-CASES: dict[str, Callable[[Path], None]] = {"slowly": run_slowly}
+def run_ddp(folder: Path, epochs: int = 2) -> None:
+    """Train with two processes; the first writes the samples of both and its weights. `kill` ends rank 1 in step 4."""
+
+    def at_step(module: Toy, index: int, loss: Tensor) -> Tensor:
+        step, rank = module.trainer.global_step, module.global_rank
+        if "kill" in sys.argv and step == 4 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "nan" in sys.argv and step == 4 and rank == 1:
+            return loss + float("nan")
+        if "slow" in sys.argv:
+            time.sleep(0.1)
+            (folder / f"pid{rank}").write_text(str(os.getpid()))
+        return loss
+
+    module = Toy(dropout=0.0, norm=False)
+    module.at_step = at_step
+    (folder / f"rank{os.environ.get('LOCAL_RANK', '0')}").write_text(str(os.getpid()))
+    checkpoint = checkpoint_callback(folder)
+    callbacks = [checkpoint, StopOnSignal(checkpoint), StopOnNonFinite()]
+    resume = folder / "last.ckpt" if "resume" in sys.argv else None
+    limit = 1000 if "slow" in sys.argv and resume is None else epochs
+    trainer = make_trainer(folder, callbacks, max_epochs=limit, devices=2, strategy="ddp")
+    try:
+        trainer.fit(module, PointsData(batch_size=2), ckpt_path=resume)
+    except NonFiniteError as e:
+        print(e, flush=True)
+        sys.exit(3)
+    seen = [None, None]
+    torch.distributed.all_gather_object(seen, module.seen)
+    if trainer.is_global_zero:
+        torch.save({"seen": seen, "weights": trained(module)}, folder / "result.pt")
+
+
+CASES: dict[str, Callable[[Path], None]] = {"slowly": run_slowly, "ddp": run_ddp}
 
 if __name__ == "__main__":
     main()

@@ -94,7 +94,7 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rates.apply(trainer)
         self._saved_at = trainer.global_step
-        if self.best is not None and not self.adapter_path.is_dir():
+        if self.best is not None and not trainer.strategy.broadcast(self.adapter_path.is_dir()):
             log.info("no adapter at %s: the best one is chosen anew", self.adapter_path)
             self.best = self.best_step = None
 
@@ -133,7 +133,8 @@ class AdapterCheckpoint(Checkpoint):
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ConfigError(f"no metric {self.monitor!r} to choose the best adapter by; logged: {', '.join(metrics)}")
-        value = float(metrics[self.monitor])
+        # every process must save or none: without sync_dist each has a metric of its own, and the first one decides
+        value = trainer.strategy.broadcast(float(metrics[self.monitor]))
         if not math.isfinite(value):
             log.warning("%s is %s at step %d: not the best adapter", self.monitor, value, trainer.global_step)
             return False
