@@ -45,7 +45,7 @@ def images_of(root: Path, domain: str) -> ImageFolderData:
 def train(camera: str, data: ImageFolderData, directory: Path, epochs: int) -> None:
     config = vl.LoraConfig(r=16, norm="stats")
     model = ImageClassifier(
-        "scenes_resnet", data.num_classes, class_names=data.class_names, lora=config, lr=3e-3, adapter_name=camera
+        "scenes_resnet", data.num_classes, class_names=data.class_names, lora=config, adapter_name=camera
     )
     trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model, data)

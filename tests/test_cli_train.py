@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,3 +369,98 @@ def test_the_log_shows_no_advertising_and_no_noise(
     text = shown.out + shown.err
     assert not [word for word in ("Tip:", "litlogger", "TPU", "weights_only", "LeafSpec", "v_num") if word in text]
     assert "2 classes" in text
+
+
+def test_predict_writes_csv_and_jsonl(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", "--adapter", str(run / "adapter"), "--source", "data/day", "--out", "out/day", "--top", "1"]
+    assert main(words) == 0
+    assert "24 images" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("out/day.csv").read_text().splitlines()))
+    lines = [json.loads(line) for line in Path("out/day.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == sorted(str(path) for path in Path("data/day").glob("*/*.png"))
+    assert [row["label"] for row in rows] == [line["label"] for line in lines]
+    assert {row["label"] for row in rows} <= {"cat", "dog"}
+
+
+def test_predict_with_an_adapter_and_with_its_checkpoint_agree(run: Path) -> None:
+    source = ["--source", "data/night/cat/*.png", "--out"]
+    assert main(["predict", "--adapter", str(run / "adapter"), *source, "by_adapter"]) == 0
+    assert main(["predict", "--ckpt_path", str(run), *source, "by_checkpoint"]) == 0
+    first, second = (Path(f"by_{name}.jsonl").read_text().splitlines() for name in ("adapter", "checkpoint"))
+    for a, b in zip(first, second, strict=True):
+        assert json.loads(a)["probability"] == pytest.approx(json.loads(b)["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("source", [["--source", "dat"], ["--source", "data/*.gif"], []])
+def test_predict_without_images_is_misuse(source: list[str], run: Path, errors: Errors) -> None:
+    assert main(["predict", "--adapter", str(run / "adapter"), *source]) == 2
+    assert len(errors()) == 1
+    assert not Path("predictions.csv").exists()
+
+
+# the end of a run
+
+
+def test_fit_ends_with_the_closing_table_and_the_pictures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "target" in shown
+    assert "source" in shown
+    assert "the base, bit for bit" in shown
+    names = {path.name for path in Path("runs/tiny").iterdir()}
+    assert names >= {"summary.json", "confusion_matrix.png", "samples.png"}
+
+
+def test_scenes_are_drawn_into_the_data_folder(here: Path) -> None:
+    scenes = "{domains: [day, night], per_class: 5, size: 32}"
+    words = [
+        "--scenes",
+        scenes,
+        "--data.root",
+        "drawn",
+        "--data.train_domains",
+        "[night]",
+        "--data.source_domains",
+        "[day]",
+    ]
+    assert main(["fit", "--config", "tiny.yaml", *words, "--data.val_fraction", "0.2"]) == 0
+    assert len(list(Path("drawn").glob("*/*/*.jpg"))) == 2 * 8 * 5
+    assert len(read_adapter("runs/tiny/adapter").record["classes"]) == 8
+    assert config_of(Path("runs/tiny"))["scenes"]["per_class"] == 5
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+def test_help_is_about_our_settings(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: visionlora {verb} ")
+    assert "--model.lora.r " in shown
+    assert "--trainer.barebones" not in shown
+    assert "flags win" in shown
+
+
+def test_print_config_shows_every_setting(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["barebones"] is False
+    assert shown["model"]["lora"]["r"] == 2
+
+
+# signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int, here: Path) -> None:
+    words = [sys.executable, "-m", "visionlora", "fit", "--config", "tiny.yaml", "--trainer.max_epochs", "100000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env) as process:
+        deadline = time.monotonic() + 240
+        while not Path("runs/tiny/last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "go on from runs/tiny/last.ckpt" in err
+    assert "Traceback" not in err
+    assert checkpoint_of(Path("runs/tiny"))["global_step"] > 0

@@ -24,6 +24,7 @@ EXPECTED = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning calls what torch deprecated
     r"(?is)\s*by default only one jsonargparse|.*deprecated in v4\.",  # LightningCLI's own calls
     r"Found \d+ module\(s\) in eval mode at the start of training",  # BatchNorm of a frozen base, on purpose
+    r"Be aware that when using `ckpt_path`",  # a measurement needs no report of a run
     r"The '\w+_dataloader' does not have many workers",  # the data module chose the number
 )
 """Warnings about what is meant to be so."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,57 @@ from visionlora.commands import runs, words
 from visionlora.commands.console import quiet
 from visionlora.commands.outputs import SaveStageConfig, WritePredictions, loggers, results_table, save_results
 from visionlora.commands.parser import ShortErrors
+from visionlora.commands.recorded import with_recorded_settings
 from visionlora.commands.scenes import Scenes, draw
 from visionlora.errors import ConfigError
 from visionlora.report.run import RunReport
 from visionlora.training.checkpoint import AdapterCheckpoint
-from visionlora.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.failures import ExplainFailures, explained
 from visionlora.training.guards import CheckGradients, StopOnNonFinite
 from visionlora.training.quiet import ParameterSummary, progress_bar
 from visionlora.training.resume import ExactResume
 from visionlora.training.signals import StopOnSignal
 from visionlora.vision.datamodule import ImageFolderData
-from visionlora.vision.loading import load_model, read_record
+from visionlora.vision.loading import load_model
 from visionlora.vision.module import ImageClassifier
 
 STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "lora", "adapter_name")
 """Settings that make the tensors of a checkpoint what they are; a resumed run cannot change them."""
 
-log = logging.getLogger(__name__)
+VERBS = {
+    "fit": "Train an adapter, keep the best, show what was gained and what was forgotten",
+    "validate": "Measure a checkpoint or an adapter on the validation images",
+    "test": "Measure a checkpoint or an adapter on the test images, domain by domain",
+    "predict": "Classify a file, a folder or a glob; write CSV and JSONL",
+}
 
-LINKED = ("num_classes", "class_names", "data")
-"""Settings of the model that come from the data."""
+TRAINER = {f"trainer.{key}" for key in ("max_epochs", "accelerator", "devices", "precision", "accumulate_grad_batches")}
+"""Settings of the Trainer that help shows."""
 
 
 class TrainParser(ShortErrors, LightningArgumentParser):
     """LightningCLI's parser with short errors and without guessed abbreviations."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs |= {"allow_abbrev": False, "dump_header": [f"visionlora=={__version__}"]}
+        kwargs |= {
+            "allow_abbrev": False,
+            "dump_header": [f"visionlora=={__version__}"],
+            "usage": "%(prog)s --SETTING VALUE ...",
+        }
         super().__init__(*args, **kwargs)
+
+    def format_help(self, formatter: Any = None) -> str:
+        """Return the help without most of the Trainer's settings, which --print_config lists with their values."""
+        hidden = {a: a.help for a in self._actions if a.dest.startswith("trainer.") and a.dest not in TRAINER}
+        for action in hidden:
+            action.help = argparse.SUPPRESS
+        try:
+            text: str = super().format_help(formatter)
+        finally:
+            for action, help_text in hidden.items():
+                action.help = help_text
+        return f"{text}\n--print_config shows every setting with its value, those of Lightning's Trainer too.\n"
 
 
 def main(args: list[str]) -> int:
@@ -53,7 +74,7 @@ def main(args: list[str]) -> int:
     configs, flags = words.split_configs(rest)
     with quiet():
         if not {"-h", "--help"} & set(flags):
-            configs, flags = _with_recorded_settings(verb, configs, flags)
+            configs, flags = with_recorded_settings(verb, configs, flags)
         VisionLoRACLI(configs, [verb, *(w for config in configs for w in ("--config", config)), *flags])
     return 0
 
@@ -68,7 +89,7 @@ class VisionLoRACLI(LightningCLI):
             ImageFolderData,
             args=args,
             parser_class=TrainParser,
-            parser_kwargs={"prog": "visionlora"},
+            parser_kwargs={"prog": "visionlora", **{verb: {"description": f"{text}."} for verb, text in VERBS.items()}},
             save_config_callback=SaveStageConfig,
             seed_everything_default=0,
             # LightningCLI's own --optimizer would be given the frozen weights too and ignore --lr_scheduler
@@ -76,8 +97,22 @@ class VisionLoRACLI(LightningCLI):
             trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # our checkpoints are plain data and are read as such
+        return {verb: {*skip, "weights_only"} for verb, skip in LightningCLI.subcommands().items()}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        _explain(parser, "config", "a file, or the name of a shipped config; flags win over it wherever it stands")
+        return parser
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"visionlora {subcommand} [--config CONFIG] [--SETTING VALUE ...]"
+        _explain(parser, "checkpoint.fixed", argparse.SUPPRESS)
+        _explain(parser, "ckpt_path", 'a checkpoint file, a run\'s folder, or "last"; what is typed beside it wins')
+        _explain(parser, "seed_everything", "seed of the run")
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # our own table replaces Lightning's
         if subcommand == "fit":
@@ -161,75 +196,8 @@ class VisionLoRACLI(LightningCLI):
                 save_results(Path(self.trainer.default_root_dir, f"{subcommand}.json"), self.model.results)
 
 
-def _with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
-    """Return configs and flags with the settings of the checkpoint or the adapter as the first, weakest configs."""
-    adapter, checkpoint = (words.setting(key, configs, flags) for key in ("adapter", "ckpt_path"))
-    if adapter is not None and (checkpoint is not None or verb == "fit"):
-        what = "--ckpt_path" if checkpoint is not None else "fit"
-        raise ConfigError(
-            f"--adapter does not go with {what}: an adapter is measured as it is (validate, test, predict)"
-        )
-    if adapter is not None:
-        own = _of_adapter(Path(adapter))
-        return [*_of_run(Path(adapter), verb, configs, flags), json.dumps(own), *configs], flags
-    if checkpoint is None:
-        return configs, flags
-    path = _resolve(checkpoint, configs, flags)
-    flags = words.without("ckpt_path", flags)
-    if path is None:
-        return configs, [*flags, "--ckpt_path", "null"]
-    if checkpoint == "last":
-        flags = [*words.without("run", flags), "--run", "null"]  # go on in the folder that was found
-    own = _of_checkpoint(path)
-    return [*_of_run(path, verb, configs, flags), json.dumps(own), *configs], [*flags, "--ckpt_path", str(path)]
-
-
-def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
-    """Return the checkpoint that is meant; None where "last" of a run is wanted that has none yet."""
-    if given != "last":
-        return runs.checkpoint_of(given)
-    name = words.setting("run", configs, flags) or runs.default_name(configs, "")
-    run = runs.newest(Path(words.setting("output", configs, flags) or "runs"), name)
-    if run is None:
-        log.info("no run %s to go on with: this is the first", name)
-    return None if run is None else run / runs.LAST
-
-
-def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list[str]:
-    """Return, as a config, where the run of a checkpoint or an adapter had its base and its images."""
-    run = runs.run_of(path)
-    if run is None:
-        return []
-    recorded = words.read_config(str(run / runs.CONFIG))
-    kept: dict[str, Any] = {"model": {"checkpoint": (recorded.get("model") or {}).get("checkpoint")}}
-    if verb != "predict" and not words.data_is_given(configs, flags):
-        log.info("images as in %s", run / runs.CONFIG)
-        kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
-    return [json.dumps(kept)]
-
-
-def _of_checkpoint(path: Path) -> dict[str, Any]:
-    model = read_checkpoint(path).get("hyper_parameters", {})
-    own = {key: v for key, v in model.items() if key not in LINKED and not key.startswith("_")}
-    return {"model": own, "data": {"classes": model.get("class_names"), **_input(model.get("data"))}}
-
-
-def _of_adapter(directory: Path) -> dict[str, Any]:
-    record = read_record(directory)
-    base, args = record["base"], dict(record["base"]["args"])
-    args.pop("num_classes", None)
-    name = ".".join(part for part in (base["name"], base["tag"]) if part)
-    # the network is replaced by the adapted one as soon as the classifier is there: any weights will do
-    model = {"model_name": name, "model_args": args, "pretrained": False, "mode": "linear"}
-    return {"model": model, "data": {"classes": record["classes"], **_input(record["data"])}}
-
-
-def _input(data: dict[str, Any] | None) -> dict[str, Any]:
-    if data is None:
-        return {}
-    channels, *size = data["input_size"]
-    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    return {"image_size": size, "in_chans": channels, **{key: data[key] for key in kept if key in data}}
+def _explain(parser: LightningArgumentParser, setting: str, text: str) -> None:
+    next(action for action in parser._actions if action.dest == setting).help = text
 
 
 def _folder(verb: str, config: Any, configs: list[str]) -> Path | None:

@@ -1,0 +1,89 @@
+"""What a checkpoint, an adapter and the run they lie in recorded, as configs that are weaker than what is typed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from visionlora.commands import runs, words
+from visionlora.errors import ConfigError
+from visionlora.training.checkpoint_io import read_checkpoint
+from visionlora.vision.loading import read_record
+
+log = logging.getLogger(__name__)
+
+LINKED = ("num_classes", "class_names", "data")
+"""Settings of the model that come from the data."""
+
+
+def with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """Return configs and flags with the settings of the checkpoint or the adapter as the first, weakest configs."""
+    adapter, checkpoint = (words.setting(key, configs, flags) for key in ("adapter", "ckpt_path"))
+    if adapter is not None and (checkpoint is not None or verb == "fit"):
+        what = "--ckpt_path" if checkpoint is not None else "fit"
+        raise ConfigError(
+            f"--adapter does not go with {what}: an adapter is measured as it is (validate, test, predict)"
+        )
+    if adapter is not None:
+        own = _of_adapter(Path(adapter))
+        return [*_of_run(Path(adapter), verb, configs, flags), json.dumps(own), *configs], flags
+    if checkpoint is None:
+        return configs, flags
+    path = _resolve(checkpoint, configs, flags)
+    flags = words.without("ckpt_path", flags)
+    if path is None:
+        return configs, [*flags, "--ckpt_path", "null"]
+    if checkpoint == "last":
+        flags = [*words.without("run", flags), "--run", "null"]  # go on in the folder that was found
+    own = _of_checkpoint(path)
+    return [*_of_run(path, verb, configs, flags), json.dumps(own), *configs], [*flags, "--ckpt_path", str(path)]
+
+
+def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
+    """Return the checkpoint that is meant; None where "last" of a run is wanted that has none yet."""
+    if given != "last":
+        return runs.checkpoint_of(given)
+    name = words.setting("run", configs, flags) or runs.default_name(configs, "")
+    run = runs.newest(Path(words.setting("output", configs, flags) or "runs"), name)
+    if run is None:
+        log.info("no run %s to go on with: this is the first", name)
+    return None if run is None else run / runs.LAST
+
+
+def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list[str]:
+    """Return, as a config, where the run of a checkpoint or an adapter had its base and its images."""
+    run = runs.run_of(path)
+    if run is None:
+        return []
+    recorded = words.read_config(str(run / runs.CONFIG))
+    kept: dict[str, Any] = {"model": {"checkpoint": (recorded.get("model") or {}).get("checkpoint")}}
+    if verb != "predict" and not words.data_is_given(configs, flags):
+        log.info("images as in %s", run / runs.CONFIG)
+        kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
+    return [json.dumps(kept)]
+
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    model = read_checkpoint(path).get("hyper_parameters", {})
+    own = {key: v for key, v in model.items() if key not in LINKED and not key.startswith("_")}
+    return {"model": own, "data": {"classes": model.get("class_names"), **_input(model.get("data"))}}
+
+
+def _of_adapter(directory: Path) -> dict[str, Any]:
+    record = read_record(directory)
+    base, args = record["base"], dict(record["base"]["args"])
+    args.pop("num_classes", None)
+    name = ".".join(part for part in (base["name"], base["tag"]) if part)
+    # the network is replaced by the adapted one as soon as the classifier is there: any weights will do
+    model = {"model_name": name, "model_args": args, "pretrained": False, "mode": "linear"}
+    return {"model": model, "data": {"classes": record["classes"], **_input(record["data"])}}
+
+
+def _input(data: dict[str, Any] | None) -> dict[str, Any]:
+    if data is None:
+        return {}
+    channels, *size = data["input_size"]
+    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    return {"image_size": size, "in_chans": channels, **{key: data[key] for key in kept if key in data}}
