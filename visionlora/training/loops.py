@@ -22,7 +22,8 @@ def between_steps(trainer: Trainer) -> bool:
 
 def place(trainer: Trainer) -> tuple[int, int]:
     """Return the epoch that a resumed run goes on with and the number of its batches that are done."""
-    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     unfinished = epochs.ready > epochs.processed
     return epochs.processed, batches.processed if unfinished else 0
 
@@ -31,6 +32,11 @@ def validation_follows(trainer: Trainer) -> bool:
     """Tell, at the end of a training batch, whether Lightning validates before the next."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def handlers_to_restore(trainer: Trainer, handlers: dict[int, Any]) -> None:
+    """Change what Lightning puts back as signal handlers when the run ends, be it by an error."""
+    trainer._signal_connector._original_handlers.update(handlers)
 
 
 def training_loaders(trainer: Trainer) -> list[DataLoader[Any]]:
@@ -47,8 +53,9 @@ def ends_epoch_twice(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     if not loop.restarted_on_epoch_end:
         return False
-    loop.epoch_progress.current.processed -= 1
-    loop.epoch_progress.total.processed -= 1
+    counters: list[Any] = [loop.epoch_progress.current, loop.epoch_progress.total]
+    for counter in counters:
+        counter.processed -= 1
     loop.epoch_loop._batches_that_stepped -= 1
     return True
 

@@ -50,7 +50,7 @@ class Rates:
         for entry in trainer.lr_scheduler_configs:
             groups = entry.scheduler.optimizer.param_groups
             if all("initial_lr" in group for group in groups):
-                entry.scheduler.base_lrs = [group["initial_lr"] for group in groups]  # type: ignore[union-attr]
+                entry.scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
 
 def _configure(group: dict[str, Any], settings: dict[str, Any], name: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from visionlora.errors import ResumeError
 from visionlora.training.loops import draw_again, ends_epoch_twice, place, training_loaders, validation_follows
@@ -58,11 +59,10 @@ class ExactResume(Callback):
             self._restart(trainer, epoch, 0)
 
     def _restart(self, trainer: Trainer, epoch: int, batches: int) -> None:
-        loaders = training_loaders(trainer)
-        resumable = [loader for loader in loaders if isinstance(loader.sampler, ResumableSampler)]
-        for loader in resumable:
-            position = min(batches * (loader.batch_size or 1), len(loader.sampler))  # type: ignore[arg-type]
-            loader.sampler.load_state_dict({"epoch": epoch, "position": position})  # type: ignore[union-attr]
+        loaders, resumable = training_loaders(trainer), _resumable(trainer)
+        for loader, sampler in resumable:
+            position = min(batches * (loader.batch_size or 1), len(sampler))
+            sampler.load_state_dict({"epoch": epoch, "position": position})
         if resumable:
             draw_again(trainer)
         if loaders and len(resumable) == len(loaders):
@@ -70,21 +70,26 @@ class ExactResume(Callback):
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
 
 
+def _resumable(trainer: Trainer) -> list[tuple[DataLoader[Any], ResumableSampler]]:
+    loaders = training_loaders(trainer)
+    return [(dl, sampler) for dl in loaders if isinstance(sampler := dl.sampler, ResumableSampler)]
+
+
 def _describe(trainer: Trainer) -> list[dict[str, Any]] | None:
     """Return what decides which samples the next batch of each training loader holds; None without known samplers."""
-    loaders = training_loaders(trainer)
-    if not loaders or not all(isinstance(loader.sampler, ResumableSampler) for loader in loaders):
+    resumable = _resumable(trainer)
+    if not resumable or len(resumable) != len(training_loaders(trainer)):
         return None
     return [
         {
-            "samples": loader.sampler.size,  # type: ignore[union-attr]
-            "seed": loader.sampler.seed,  # type: ignore[union-attr]
-            "shuffle": loader.sampler.shuffle,  # type: ignore[union-attr]
+            "samples": sampler.size,
+            "seed": sampler.seed,
+            "shuffle": sampler.shuffle,
             "batch_size": loader.batch_size,
             "drop_last": loader.drop_last,
-            "devices": loader.sampler.num_replicas,  # type: ignore[union-attr]
+            "devices": sampler.num_replicas,
         }
-        for loader in loaders
+        for loader, sampler in resumable
     ]
 
 

@@ -12,10 +12,11 @@ import torch
 def rng_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's global generators; numbers, lists and tensors only."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    generator: Any = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(generator["state"]["key"].astype(np.int64))
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [keys, int(generator["state"]["pos"]), int(generator["has_gauss"]), float(generator["gauss"])],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -9,13 +9,13 @@ import threading
 from types import FrameType
 from typing import Any
 
-from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.strategies import ParallelStrategy
 
 from visionlora.training.checkpoint import AdapterCheckpoint
-from visionlora.training.loops import validation_follows
+from visionlora.training.loops import handlers_to_restore, validation_follows
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +52,17 @@ class StopOnSignal(Checkpoint):
             self._active = True
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install_again()
+        self._install_again(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install_again()
+        self._install_again(trainer)
 
-    def _install_again(self) -> None:
+    def _install_again(self, trainer: Trainer) -> None:
         # Lightning has put its own handler of SIGTERM before ours; it ends the run with exit code 0 and saves nothing
-        for number in self._previous if self._active else ():
-            signal.signal(number, self._handle)
+        if self._active:
+            for number in self._previous:
+                signal.signal(number, self._handle)
+            handlers_to_restore(trainer, self._previous)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()
@@ -76,10 +78,6 @@ class StopOnSignal(Checkpoint):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             _in_worker(number)
-            return
-        if not self._active:  # after an error Lightning puts this handler back
-            signal.signal(number, self._previous[number])
-            os.kill(self._pid, number)
             return
         if number == signal.SIGINT and self.received == signal.SIGINT:
             log.warning("second Ctrl-C: ending at once, without saving")
