@@ -60,16 +60,16 @@ class Task:
     input: dict[str, Any] = field(default_factory=lambda: dict(TF_INPUT))
 
 
-def office(backbone: Callable[[Path], nn.Module], target: str, size: int) -> Task:
-    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), size, epochs=8)
+def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int) -> Task:
+    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs)
 
 
 TASKS = {
     "signs": Task(mobilenet_v1, "signs", 12, ("bright", "bright_test"), ("dark", "dark_test"), 128, 6, 8, "^[^_]+"),
-    "webcam-v1": office(mobilenet_v1, "webcam", 128),
-    "dslr-v1": office(mobilenet_v1, "dslr", 128),
-    "webcam-v2": office(mobilenet_v2, "webcam", 160),
-    "dslr-v2": office(mobilenet_v2, "dslr", 160),
+    "webcam-v1": office(mobilenet_v1, "webcam", 20),
+    "dslr-v1": office(mobilenet_v1, "dslr", 20),
+    "webcam-v2": office(mobilenet_v2, "webcam", 10),
+    "dslr-v2": office(mobilenet_v2, "dslr", 10),
     "digits": Task(
         vit_mnist, "digits", 10, ("mnist_test", "mnist_test"), ("usps_train", "usps_test"), 28, 8, 0,
         input={"mean": [0.1307], "std": [0.3081], "in_chans": 1, "interpolation": "bilinear", "crop_pct": 1.0},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
-from visionlora.core.attach import Adapted, attach, detach
+from visionlora.core.attach import Adapted, attach, detach, whole
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
@@ -151,10 +151,13 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Pa
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return all that makes an adapter differ from the base, as {"layer/attribute/tensor": tensor}."""
+    """Return all that makes an adapter differ from the base, as {"layer/attribute/tensor": tensor}.
+
+    On a model sharded by FSDP2 the tensors are gathered, and every process must make the call.
+    """
     check_known_name(model, name)
     return {
-        f"{layer_name}/{attribute}/{tensor_name}": tensor.detach()
+        f"{layer_name}/{attribute}/{tensor_name}": whole(tensor.detach())
         for layer_name, layer in adapted_layers(model).items()
         for attribute, change in _changes(layer, name)
         for tensor_name, tensor in change.state_dict().items()

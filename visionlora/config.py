@@ -24,7 +24,7 @@ class LoraConfig:
 
     r: int = 16
     """Rank of the change; parameters grow linearly with it."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = 32.0
     """Strength of the change: scale = lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = 0.0
     """Probability of dropping a rank-one part of the change in a training step; costs no activation memory."""

@@ -54,8 +54,8 @@ class Adapted(nn.Module):
         # pass the parameters are whole, plain tensors. A computed weight would be taken for the parameter's new value
         if any(isinstance(change, Delta) for change, _ in changes):
             raise StateError(
-                f"the {attribute} of a {own_class(self).__name__} is computed from its adapter and cannot be sharded by "
-                "FSDP2; leave such layers out (exclude_modules) or train with DDP"
+                f"the {attribute} of a {own_class(self).__name__} is computed from its adapter and cannot be sharded "
+                "by FSDP2; leave such layers out (exclude_modules) or train with DDP"
             )
         return base
 
@@ -88,6 +88,11 @@ class Branched(Adapted):
             branch = delta.branch(self, x)
             y = y + (branch if strength == 1 else strength * branch)
         return y
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor sharded over processes in one piece (all of them must ask), any other as it is."""
+    return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
 _CLASSES: dict[tuple[type, type, frozenset[str]], type] = {}

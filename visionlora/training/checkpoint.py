@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.strategies import ModelParallelStrategy
 
 from visionlora.atomic import atomic_path
 from visionlora.errors import ConfigError
@@ -74,6 +75,8 @@ class AdapterCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.directory is None:
             self.directory = Path(trainer.default_root_dir)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ConfigError("a sharded run (FSDP2) writes no files itself; train and save from Python: docs/scale.md")
         checkpoint_io = trainer.strategy.checkpoint_io
         if not isinstance(checkpoint_io, AtomicCheckpointIO):
             raise ConfigError("AdapterCheckpoint needs Trainer(plugins=[AtomicCheckpointIO()])")
