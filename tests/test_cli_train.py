@@ -229,6 +229,21 @@ def test_a_checkpoint_is_not_tested_with_other_settings(run: Path, errors: Error
     assert "lora.r: 2 in the checkpoint, 3 now" in "\n".join(errors())
 
 
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_checkpoint_is_refused_on_another_base(verb: str, run: Path, errors: Errors) -> None:
+    save_file(timm.create_model("test_resnet", num_classes=2).state_dict(), "other.safetensors")
+    assert main([verb, "--ckpt_path", str(run), "--model.checkpoint", "other.safetensors"]) == 2
+    assert "base weights: fingerprint" in "\n".join(errors())
+
+
+def test_averaged_weights_do_not_bring_the_base_into_the_checkpoint(here: Path) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--model.ema_decay", "0.9"]) == 0
+    run = Path("runs/tiny")
+    assert (run / "last.ckpt").stat().st_size < 0.2 * Path("base.safetensors").stat().st_size
+    assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"]) == 0
+    assert checkpoint_of(run)["epoch"] == 1
+
+
 @pytest.mark.parametrize("given", ["none.ckpt", "best", "data"])
 def test_a_checkpoint_that_is_none_is_named(given: str, here: Path, errors: Errors) -> None:
     assert main(["fit", "--config", "tiny.yaml", "--ckpt_path", given]) == 2
