@@ -16,7 +16,7 @@ def main(folder: str = "runs/adapt_timm", per_class: int = 40, epochs: int = 6) 
         scenes, domains=["night_tilted", "night_tilted_test"], per_class=per_class, test_per_class=per_class // 2
     )
     data = ImageFolderData(str(scenes), test_domains=["night_tilted_test"], model_name="scenes_resnet", num_workers=0)
-    config = vl.LoraConfig(r=16, norm="stats")  # any timm name does instead of scenes_resnet
+    config = vl.LoraConfig(r=8)  # any timm name does instead of scenes_resnet
     model = ImageClassifier("scenes_resnet", data.num_classes, class_names=data.class_names, lora=config)
     pl.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False).fit(model, data)
     model.save_adapter(adapter)

@@ -15,7 +15,7 @@ from visionlora.vision import ImageClassifier, ImageFolderData, load_model
 CAMERAS = {"gate": "night_tilted", "bridge": "fog"}
 
 
-def main(folder: str = "runs/camera_fleet", per_class: int = 40, epochs: int = 6) -> dict[str, dict[str, float]]:
+def main(folder: str = "runs/camera_fleet", per_class: int = 30, epochs: int = 6) -> dict[str, dict[str, float]]:
     root = Path(folder)
     domains = [name for domain in CAMERAS.values() for name in (domain, f"{domain}_test")]
     write_scenes(root / "scenes", domains=domains, per_class=per_class, test_per_class=per_class // 2)
@@ -43,7 +43,7 @@ def images_of(root: Path, domain: str) -> ImageFolderData:
 
 
 def train(camera: str, data: ImageFolderData, directory: Path, epochs: int) -> None:
-    config = vl.LoraConfig(r=16, norm="stats")
+    config = vl.LoraConfig(r=8)
     model = ImageClassifier(
         "scenes_resnet", data.num_classes, class_names=data.class_names, lora=config, adapter_name=camera
     )

@@ -28,7 +28,7 @@ def main(folder: str = "runs/plain_torch", per_class: int = 40, epochs: int = 6)
 
     net = timm.create_model("scenes_resnet", pretrained=True)
     base = accuracy(net, test)
-    vl.apply_lora(net, vl.LoraConfig(r=16, norm="stats"), name="night")
+    vl.apply_lora(net, vl.LoraConfig(r=8, norm="stats"), name="night")
     vl.estimate_statistics(net.eval(), (images for images, _, _ in train), net)  # norm="stats": once, before training
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-3)
     for epoch in range(epochs):

@@ -203,7 +203,7 @@ def test_last_resumes_the_newest_run_or_starts_the_first(here: Path) -> None:
     [
         ("--model.lora.r", "3"),
         ("--model.mode", "linear"),
-        ("--model.lora.lora_alpha", "32"),
+        ("--model.lora.lora_alpha", "5"),
         ("--model.adapter_name", "x"),
     ],
 )

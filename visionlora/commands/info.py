@@ -14,7 +14,7 @@ from visionlora.config import LoraConfig
 from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.io import read_adapter
 from visionlora.io.read import AdapterFile
-from visionlora.summary import readable_size, summary, table
+from visionlora.overview import readable_size, summary, table
 from visionlora.targets.presets import PRESETS, family
 from visionlora.vision.backbone import create_backbone
 

@@ -14,7 +14,7 @@ from visionlora.atomic import atomic_path
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import read_adapter
 from visionlora.merging import base_state_dict, merge
-from visionlora.summary import readable_size
+from visionlora.overview import readable_size
 from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
 

@@ -19,7 +19,7 @@ from visionlora.atomic import write_atomic
 from visionlora.commands.runs import CONFIG
 from visionlora.errors import ConfigError
 from visionlora.report.predictions import PredictionWriter
-from visionlora.summary import table
+from visionlora.overview import table
 from visionlora.vision.metrics import Result
 
 FORGOTTEN = ("ckpt_path", "adapter", "run", "output")

@@ -49,7 +49,7 @@ def config_folders() -> list[Path]:
     """Return where configs ship: inside the package, or beside it in a source checkout."""
     package = Path(str(files("visionlora")))
     checkout = package.parent if (package.parent / "pyproject.toml").is_file() else package
-    return [folder for folder in (checkout / "configs", package / "configs") if folder.is_dir()]
+    return [folder for folder in dict.fromkeys((checkout / "configs", package / "configs")) if folder.is_dir()]
 
 
 def setting(key: str, configs: list[str], words: list[str]) -> Any:
