@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"targets"},
     {"plan"},
     {"adapt"},
-    {"merging", "summary"},
+    {"merging", "overview"},
     {"io", "data"},
     {"training", "vision"},
     {"report"},
@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "summary"}
+LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "overview"}
 
 
 def dotted(path: Path) -> str:

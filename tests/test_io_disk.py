@@ -35,7 +35,7 @@ def test_a_torn_set_is_noticed_and_the_weights_decide(tmp_path: Path, caplog: py
 
 def test_an_edited_mirror_for_peft_is_noticed(tmp_path: Path) -> None:
     config = saved(tmp_path) / PEFT_CONFIG
-    config.write_text(config.read_text().replace('"lora_alpha": 16.0', '"lora_alpha": 800.0'))
+    config.write_text(config.read_text().replace('"lora_alpha": 32.0', '"lora_alpha": 800.0'))
     assert f"{PEFT_CONFIG} does not belong" in read_adapter(tmp_path).notices[0]
     config.unlink()
     assert f"{PEFT_CONFIG} does not belong" in read_adapter(tmp_path).notices[0]

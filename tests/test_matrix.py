@@ -75,7 +75,8 @@ def adapted(
     variant: str, kind: str, dtype: torch.dtype = torch.float64, **config: object
 ) -> tuple[nn.Sequential, Tensor]:
     model, x = build(kind, dtype)
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"], variant=variant, **config))  # type: ignore[arg-type]
+    config = {"r": 2, "lora_alpha": 4, **config}
+    vl.apply_lora(model, vl.LoraConfig(target_modules=["0"], variant=variant, **config))  # type: ignore[arg-type]
     return model, x
 
 

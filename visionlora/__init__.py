@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from visionlora.merging import fingerprint as fingerprint
     from visionlora.merging import merge as merge
     from visionlora.merging import unmerge as unmerge
-    from visionlora.summary import summary as summary
+    from visionlora.overview import summary as summary
     from visionlora.vision.loading import load_model as load_model
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _WHERE = {
     "visionlora.core.norms": ("estimate_statistics",),
     "visionlora.io": ("load_adapter", "read_adapter", "save_adapter"),
     "visionlora.merging": ("base_state_dict", "fingerprint", "merge", "unmerge"),
-    "visionlora.summary": ("summary",),
+    "visionlora.overview": ("summary",),
     "visionlora.vision.loading": ("load_model",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -18,8 +18,8 @@ from pytorch_lightning.trainer.states import TrainerFn
 from visionlora.atomic import write_atomic
 from visionlora.commands.runs import CONFIG
 from visionlora.errors import ConfigError
-from visionlora.report.predictions import PredictionWriter
 from visionlora.overview import table
+from visionlora.report.predictions import PredictionWriter
 from visionlora.vision.metrics import Result
 
 FORGOTTEN = ("ckpt_path", "adapter", "run", "output")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from visionlora.summary import readable_size, table
+from visionlora.overview import readable_size, table
 from visionlora.vision.metrics import Result
 
 __all__ = ["SOURCE", "Closing", "SetScores"]

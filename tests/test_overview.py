@@ -11,7 +11,7 @@ from visionlora.adapt import adapter_state, apply_lora, deactivate
 from visionlora.config import LoraConfig
 from visionlora.errors import StateError
 from visionlora.merging import base_state_dict
-from visionlora.summary import readable_size, summary
+from visionlora.overview import readable_size, summary
 
 
 @pytest.fixture
