@@ -40,6 +40,12 @@ GRID: dict[str, tuple[float | None, ...]] = {
     "norm": (1e-2, 3e-2),
     "full": (3e-4, 1e-3, 3e-3),
 }
+SHORT_GRID: dict[str, tuple[float | None, ...]] = {
+    "lora": (None,),
+    "linear": (1e-2,),
+    "norm": (1e-2,),
+    "full": (3e-4, 1e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,12 @@ class Task:
     base_epochs: int = 8
     group_by: str | None = None
     input: dict[str, Any] = field(default_factory=lambda: dict(TF_INPUT))
+    grid: dict[str, tuple[float | None, ...]] = field(default_factory=lambda: dict(GRID))
 
 
 def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int) -> Task:
-    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs)
+    grid = SHORT_GRID if backbone is mobilenet_v2 else GRID
+    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, grid=grid)
 
 
 TASKS = {
@@ -136,11 +144,8 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path) -> nn
     return net
 
 
-def runs(modes: list[str], seeds: int) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    for seed in range(seeds):
-        for mode in modes:
-            for rate in GRID[mode]:
-                yield seed, mode, {"mode": mode} | ({"lr": rate} if rate else {})
+def runs(task: Task, modes: list[str], seeds: int) -> Iterator[tuple[int, str, float | None]]:
+    return ((seed, mode, rate) for seed in range(seeds) for mode in modes for rate in task.grid[mode])
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -148,14 +153,21 @@ def measure(name: str, args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     table = args.work / f"{name}.csv"
     write_parts(task, args.data, table)
-    before = fit(
-        base_of(task, name, table, args.weights, args.work), data_of(task, table, "target", 0), task.classes, 0, 0
-    )
-    record(args.out, {"task": name, "mode": "before", **before, "trained": 0})
-    for seed, mode, settings in runs(args.modes, args.seeds):
+    done = already(args.out, name)
+    for seed, mode, rate in [(None, "before", None), *runs(task, args.modes, args.seeds)]:
+        if (seed, mode, rate) in done:
+            continue
         net = base_of(task, name, table, args.weights, args.work)
-        scores = fit(net, data_of(task, table, "target", seed), task.classes, task.epochs, seed, **settings)
-        record(args.out, {"task": name, "mode": mode, "seed": seed, "lr": settings.get("lr"), **scores})
+        epochs, settings = (task.epochs, {"mode": mode, "lr": rate}) if mode != "before" else (0, {})
+        scores = fit(net, data_of(task, table, "target", seed or 0), task.classes, epochs, seed or 0, **settings)
+        record(args.out, {"task": name, "mode": mode, "seed": seed, "lr": rate, **scores})
+
+
+def already(path: Path, name: str) -> set[tuple[Any, Any, Any]]:
+    """Return the runs of a task that a broken-off call has left in the results."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["task"] == name]
+    return {(row.get("seed"), row["mode"], row.get("lr")) for row in rows}
 
 
 def record(path: Path, row: dict[str, Any]) -> None:
