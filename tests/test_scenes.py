@@ -236,7 +236,7 @@ def test_a_folder_of_other_scenes_is_refused(tmp_path: Path, change: dict[str, i
 
 @pytest.mark.parametrize("record", ["not json", "[]", json.dumps({"format": 99, "seed": 0, "size": 16})])
 def test_a_strange_record_is_refused(tmp_path: Path, record: str) -> None:
-    (tmp_path / "scenes.json").write_text(record)
+    (tmp_path / ".scenes.json").write_text(record)
     with pytest.raises(DataError, match="choose an empty or a new folder"):
         write_scenes(tmp_path, domains=["day"], per_class=1, size=16)
 

@@ -108,7 +108,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _explained(error: OSError, path: Path, temporary: Path, need: int | None) -> OSError:
-    if error.errno is None:
+    if error.errno is None or str(error.strerror).startswith("cannot write "):  # explained by a block inside
         return error
     text = f"cannot write {path}: {error.strerror}"
     if error.errno in NO_ROOM:

@@ -16,7 +16,7 @@ from visionlora.data.scenes.scene import CLASSES, check_choice, check_size, rend
 from visionlora.data.scenes.weather import CONDITIONS
 from visionlora.errors import ConfigError, DataError
 
-RECORD = "scenes.json"
+RECORD = ".scenes.json"  # hidden: an image folder holds images
 FORMAT = 1  # raise it when the same seed no longer gives the same picture
 
 
