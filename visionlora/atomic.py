@@ -21,6 +21,7 @@ TEMPORARY = re.compile(r"\.(?P<host>[0-9A-Za-z_.-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{
 ABANDONED_AFTER = 24 * 3600.0
 """Seconds without a write after which a temporary file of another machine (or of a reused process id) is removed."""
 
+CANNOT = "cannot write"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -51,6 +52,8 @@ def atomic_path(path: str | Path, *, need: int | None = None) -> Iterator[Path]:
         temporary.replace(path)
         _flush_folder(path.parent)
     except OSError as e:
+        if e.errno is None or str(e.strerror).startswith(CANNOT):  # explained by a block inside
+            raise
         raise _explained(e, path, temporary, need) from e
     finally:
         temporary.unlink(missing_ok=True)
@@ -108,9 +111,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _explained(error: OSError, path: Path, temporary: Path, need: int | None) -> OSError:
-    if error.errno is None or str(error.strerror).startswith("cannot write "):  # explained by a block inside
-        return error
-    text = f"cannot write {path}: {error.strerror}"
+    text = f"{CANNOT} {path}: {error.strerror}"
     if error.errno in NO_ROOM:
         written = temporary.stat().st_size if temporary.exists() else 0
         wanted = f"{need:,} bytes" if need is not None else f"more than {written:,} bytes"

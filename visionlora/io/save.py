@@ -132,24 +132,14 @@ def _write(
     contents = {MIRROR: _json({**record, "peft": seen_by_peft}), PEFT_CONFIG: config, WEIGHTS: weights}
     if _is_ours(folder / CARD):
         contents = {CARD: text.encode(), **contents}
-    try:
-        with ExitStack() as stack:
-            for file, content in contents.items():
-                if content is not None:
-                    temporary = stack.enter_context(atomic_path(folder / file, need=len(content)))
-                    temporary.write_bytes(content)
-            if not _same(folder / PEFT_CONFIG, config):
-                # a kill between two files must not leave new weights beside an old alpha, which PEFT would not notice
-                (folder / PEFT_CONFIG).unlink(missing_ok=True)
-    except OSError as e:
-        raise _innermost(e) from None
-
-
-def _innermost(error: OSError) -> OSError:
-    """Return the message of the file that failed: every file waiting in the stack has put its own around it."""
-    while isinstance(inner := error.__cause__, OSError) and isinstance(inner.__cause__, OSError):
-        error = inner
-    return error
+    with ExitStack() as stack:
+        for file, content in contents.items():
+            if content is not None:
+                temporary = stack.enter_context(atomic_path(folder / file, need=len(content)))
+                temporary.write_bytes(content)
+        if not _same(folder / PEFT_CONFIG, config):
+            # a kill between two files must not leave new weights beside an old alpha, which PEFT would not notice
+            (folder / PEFT_CONFIG).unlink(missing_ok=True)
 
 
 def _is_ours(path: Path) -> bool:
