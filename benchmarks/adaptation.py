@@ -29,6 +29,7 @@ from backbones import TF_INPUT, mobilenet_v1, mobilenet_v2, vit_mnist, with_clas
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from visionlora.config import LoraConfig
 from visionlora.data.folders import Sample, read_tree
 from visionlora.data.splits import stratified_split
 from visionlora.vision.datamodule import ImageFolderData
@@ -36,12 +37,14 @@ from visionlora.vision.module import ImageClassifier
 
 GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
+    "lora-affine": (None,),
     "linear": (3e-3, 1e-2),
     "norm": (1e-2, 3e-2),
     "full": (3e-4, 1e-3, 3e-3),
 }
 SHORT_GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
+    "lora-affine": (None,),
     "linear": (1e-2,),
     "norm": (1e-2,),
     "full": (3e-4, 1e-3),
@@ -158,9 +161,15 @@ def measure(name: str, args: argparse.Namespace) -> None:
         if (seed, mode, rate) in done:
             continue
         net = base_of(task, name, table, args.weights, args.work)
-        epochs, settings = (task.epochs, {"mode": mode, "lr": rate}) if mode != "before" else (0, {})
+        epochs, settings = (task.epochs, settings_of(mode, rate)) if mode != "before" else (0, {})
         scores = fit(net, data_of(task, table, "target", seed or 0), task.classes, epochs, seed or 0, **settings)
         record(args.out, {"task": name, "mode": mode, "seed": seed, "lr": rate, **scores})
+
+
+def settings_of(mode: str, rate: float | None) -> dict[str, Any]:
+    if mode == "lora-affine":
+        return {"mode": "lora", "lora": LoraConfig(norm="affine"), "lr": rate}
+    return {"mode": mode, "lr": rate}
 
 
 def already(path: Path, name: str) -> set[tuple[Any, Any, Any]]:

@@ -244,7 +244,8 @@ class ImageFolderData(pl.LightningDataModule):
     ) -> DataLoader[Any]:
         workers = _default_workers(len(data)) if self.num_workers is None else self.num_workers
         return DataLoader(
-            data, batch_size=self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_images, drop_last=drop_last,
+            data, batch_size=self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_images,
+            drop_last=drop_last,
             pin_memory=torch.cuda.is_available(), timeout=self.worker_timeout if workers else 0,
             worker_init_fn=one_thread, persistent_workers=persistent and workers > 0,
         )  # fmt: skip
