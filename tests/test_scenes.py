@@ -183,7 +183,7 @@ def test_write_scenes_makes_an_image_folder(tmp_path: Path) -> None:
     assert written == len(seen) == 3 * len(CLASSES)
     with Image.open(seen[0]) as picture:
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
-    assert not list((tmp_path / "s").rglob(".*"))
+    assert [p.name for p in (tmp_path / "s").rglob(".*")] == [".scenes.json"], "a half-written file was left"
 
 
 def test_train_and_test_domains_share_no_picture(tmp_path: Path) -> None:
