@@ -24,7 +24,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from backbones import TF_INPUT, mobilenet_v1, mobilenet_v2, vit_mnist, with_classes
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -229,5 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(torch.get_num_threads())
     main()
