@@ -5,30 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.utilities.model_helpers import is_overridden
-from safetensors.torch import load_file
 from torch import nn
 
-from visionlora.adapt import activate, active_adapters, disabled, remove
+from visionlora.adapt import disabled
 from visionlora.atomic import write_atomic
-from visionlora.io import load_adapter
+from visionlora.core.attach import whole
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.merging import base_state_dict, fingerprint
 from visionlora.report.closing import Closing, SetScores
-from visionlora.report.measure import Answers, answer
+from visionlora.report.measure import Answers, answers_by_set, loaders_by_set, measured_here, shipped
 from visionlora.report.pictures import confusion_picture, sample_picture
 from visionlora.report.samples import Measured, sections
 from visionlora.targets import head_layers
-from visionlora.training.checkpoint import AdapterCheckpoint
-from visionlora.training.ema import averaged
+from visionlora.training.checkpoint import AdapterCheckpoint, save_in_first_process
+from visionlora.training.gather import whole_in_first_process
 from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.metrics import Result
 from visionlora.vision.module import ImageClassifier
@@ -67,8 +64,8 @@ class RunReport(Callback):
         if self._unknown is None:  # a resumed run has it from its checkpoint: in mode full the base is gone
             self._unknown = _ignorance(module)
         fresh = trainer.ckpt_path is None and not trainer.fast_dev_run
-        if module.config is None and fresh and not self._unknown:
-            self._before = {name: answers.result for name, answers in _answers(trainer, module).items()}
+        if module.config is None and fresh and not self._unknown and measured_here(trainer, module.net):
+            self._before = {name: answers.result for name, answers in answers_by_set(trainer, module).items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
@@ -77,36 +74,21 @@ class RunReport(Callback):
         if trainer.fast_dev_run:
             return
         module = _checked(pl_module)
-        memory, memory_of = _memory(module.device)
-        seconds = self._total()
+        memory, seconds = _memory(module.device), self._total()
         folder = self.directory or Path(trainer.default_root_dir)
         saved = _saved(trainer, module, folder)
-        with _shipped(module, saved):
-            after = _answers(trainer, module)
+        if not measured_here(trainer, module.net):
+            return  # done: this process does not wait for the first one to measure
+        with shipped(module, saved):
+            after = answers_by_set(trainer, module)
         before = self._answers_before(trainer, module)
-        sets = {
-            n: SetScores(a.result, before[n].result if n in before else self._before.get(n)) for n, a in after.items()
-        }
-        size = (saved / (FULL if module.config is None else ADAPTER)).stat().st_size
-        self.closing = Closing(
-            sets,
-            classes=len(module.class_names),
-            mode=module.hparams.mode,
-            trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
-            base=_parameters(module.net),
-            saved=str(saved),
-            size=size,
-            seconds=seconds,
-            epochs=trainer.current_epoch,
-            steps=trainer.global_step,
-            memory=memory,
-            memory_of=memory_of,
-            base_unchanged=None if module.config is None else fingerprint(module.net) == module.fingerprint(),
-            notes=_notes(self._unknown or "", len(module.class_names)),
-        )
-        if trainer.is_global_zero:
-            self._write(folder, trainer, module, self.closing, after, before)
-            self.show(str(self.closing))
+        with whole_in_first_process(module):
+            if trainer.is_global_zero:
+                results = {n: before[n].result for n in before} or self._before
+                sets = {n: SetScores(a.result, results.get(n)) for n, a in after.items()}
+                self.closing = _closing(trainer, module, saved, sets, seconds, memory, self._unknown or "")
+                self._write(folder, trainer, module, self.closing, after, before)
+                self.show(str(self.closing))
 
     def state_dict(self) -> dict[str, Any]:
         before = {name: asdict(result) for name, result in self._before.items()}
@@ -123,7 +105,7 @@ class RunReport(Callback):
         if module.config is None or self._unknown:
             return {}
         with disabled(module.net):
-            return _answers(trainer, module)
+            return answers_by_set(trainer, module)
 
     def _write(
         self,
@@ -141,7 +123,7 @@ class RunReport(Callback):
         results = {name: answers.result for name, answers in after.items()} or module.results
         for name, result in list(results.items())[:1]:
             confusion_picture(folder / "confusion_matrix.png", result, module.class_names, title=name)
-        loaders = _test_loaders(trainer)
+        loaders = loaders_by_set(trainer)
         sets = {n: Measured(loaders[n].dataset, answers, before.get(n)) for n, answers in after.items()}
         data = trainer.datamodule  # type: ignore[attr-defined]
         training = data.train_dataloader().dataset if data is not None else None
@@ -155,47 +137,32 @@ def _checked(module: LightningModule) -> ImageClassifier:
     return module
 
 
-def _test_loaders(trainer: Trainer) -> dict[str, Any]:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if data is None or not is_overridden("test_dataloader", data):
-        return {}
-    loaders = data.test_dataloader()
-    loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
-    names = getattr(data, "test_names", None) or [f"test {i}" for i in range(len(loaders))]
-    return dict(zip(names, loaders, strict=True))
-
-
-def _answers(trainer: Trainer, module: ImageClassifier) -> dict[str, Answers]:
-    limit = trainer.limit_test_batches
-    found = {}
-    for name, loader in _test_loaders(trainer).items():
-        most = limit if isinstance(limit, int) else int(limit * len(loader)) if limit < 1 else None
-        context = trainer.precision_plugin.forward_context()
-        found[name] = answer(module.net, loader, len(module.class_names), most_batches=most, context=context)
-    return found
-
-
-@contextmanager
-def _shipped(module: ImageClassifier, saved: Path) -> Iterator[None]:
-    """Let the network be what lies on disk inside the block."""
-    net = module.net
-    if module.config is None:
-        kept = {key: tensor.detach().clone() for key, tensor in net.state_dict().items()}
-        net.load_state_dict(load_file(saved / FULL))
-        try:
-            yield
-        finally:
-            net.load_state_dict(kept)
-        return
-    own = active_adapters(net)
-    name = load_adapter(net, saved, name="shipped" if module.hparams.adapter_name != "shipped" else "on_disk")
-    try:
-        activate(net, name)
-        yield
-    finally:
-        remove(net, name)
-        for adapter, strength in own.items():
-            activate(net, adapter, strength)
+def _closing(
+    trainer: Trainer,
+    module: ImageClassifier,
+    saved: Path,
+    sets: dict[str, SetScores],
+    seconds: float,
+    memory: tuple[int | None, str],
+    unknown: str,
+) -> Closing:
+    classes, adapts = len(module.class_names), module.config is not None
+    return Closing(
+        sets,
+        classes=classes,
+        mode=module.hparams.mode,
+        trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
+        base=_parameters(module.net),
+        saved=str(saved),
+        size=(saved / (ADAPTER if adapts else FULL)).stat().st_size,
+        seconds=seconds,
+        epochs=trainer.current_epoch,
+        steps=trainer.global_step,
+        memory=memory[0],
+        memory_of=memory[1],
+        base_unchanged=fingerprint(module.net) == module.fingerprint() if adapts else None,
+        notes=_notes(unknown, classes),
+    )
 
 
 def _saved(trainer: Trainer, module: ImageClassifier, folder: Path) -> Path:
@@ -203,10 +170,7 @@ def _saved(trainer: Trainer, module: ImageClassifier, folder: Path) -> Path:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, AdapterCheckpoint) and (callback.best is not None or callback.monitor is None):
             return callback.adapter_path
-    if trainer.is_global_zero:
-        with averaged(trainer, module):
-            module.save_adapter(folder / "adapter")
-    trainer.strategy.barrier("report")
+    save_in_first_process(trainer, module, folder / "adapter")
     return folder / "adapter"
 
 
@@ -218,7 +182,7 @@ def _ignorance(module: ImageClassifier) -> str:
         return "the base's head knows other classes"
     state = base_state_dict(module.net)
     heads = [state[key] for name in head_layers(module.net) for key in (f"{name}.weight",) if key in state]
-    fresh = bool(heads) and not any(bool(weight.any()) for weight in heads)
+    fresh = bool(heads) and not any(bool(whole(weight).any()) for weight in heads)
     return "the base has no head for these classes" if fresh else ""
 
 

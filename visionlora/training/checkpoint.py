@@ -17,6 +17,8 @@ from visionlora.atomic import atomic_path
 from visionlora.errors import ConfigError
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.ema import averaged
+from visionlora.training.fsdp2 import whole_checkpoints
+from visionlora.training.gather import whole_in_first_process
 from visionlora.training.loops import between_steps, in_fit, validate_again
 from visionlora.training.rates import Rates
 from visionlora.training.record import check_fits, filter_frozen, make_record, plain_settings
@@ -73,10 +75,10 @@ class AdapterCheckpoint(Checkpoint):
         return ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.directory is None:
-            self.directory = Path(trainer.default_root_dir)
+        # processes that start one after the other may have found another folder free
+        self.directory = trainer.strategy.broadcast(self.directory or Path(trainer.default_root_dir))
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ConfigError("a sharded run (FSDP2) writes no files itself; train and save from Python: docs/scale.md")
+            whole_checkpoints(trainer.strategy)
         checkpoint_io = trainer.strategy.checkpoint_io
         if not isinstance(checkpoint_io, AtomicCheckpointIO):
             raise ConfigError("AdapterCheckpoint needs Trainer(plugins=[AtomicCheckpointIO()])")
@@ -110,11 +112,11 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if in_fit(trainer) and self.monitor is not None and self._improved(trainer):
-            self._save_adapter(trainer, pl_module)
+            save_in_first_process(trainer, pl_module, self.adapter_path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.monitor is None:
-            self._save_adapter(trainer, pl_module)
+            save_in_first_process(trainer, pl_module, self.adapter_path)
         self.save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -146,12 +148,6 @@ class AdapterCheckpoint(Checkpoint):
             self.best, self.best_step = value, trainer.global_step
         return better
 
-    def _save_adapter(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            with averaged(trainer, pl_module):
-                pl_module.save_adapter(self.adapter_path)  # type: ignore[operator]
-        trainer.strategy.barrier("save_adapter")
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         filter_frozen(checkpoint, pl_module)
         plain_settings(checkpoint)
@@ -164,6 +160,14 @@ class AdapterCheckpoint(Checkpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
+
+
+def save_in_first_process(trainer: Trainer, pl_module: LightningModule, directory: Path) -> None:
+    """Write what is shipped, averages where there are any, to a directory; every process must call it."""
+    with averaged(trainer, pl_module), whole_in_first_process(pl_module):
+        if trainer.is_global_zero:
+            pl_module.save_adapter(directory)  # type: ignore[operator]
+    trainer.strategy.barrier("save_adapter")
 
 
 def _keep(path: Path, as_path: Path) -> None:

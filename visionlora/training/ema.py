@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from visionlora.errors import ConfigError, ResumeError
+from visionlora.training.gather import gathered, like, reshard
 
 
 class AdapterEMA(Callback):
@@ -42,7 +43,7 @@ class AdapterEMA(Callback):
             raise ResumeError(
                 "the averaged tensors of the checkpoint are not the trained ones; resume without AdapterEMA"
             )
-        self.average = {name: self.average[name].to(t.device) for name, t in tensors.items()}
+        self.average = {name: like(self.average[name].to(t.device), t) for name, t in tensors.items()}
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -84,10 +85,10 @@ class AdapterEMA(Callback):
         self.average = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] |= self._raw  # training goes on from the raw values
+        checkpoint["state_dict"] |= gathered(self._raw)  # training goes on from the raw values
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+        return {"updates": self.updates, "average": gathered(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates, self.average = state["updates"], state["average"]
@@ -108,6 +109,7 @@ def averaged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def _trainable(module: torch.nn.Module) -> dict[str, Tensor]:
+    reshard(module)
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 

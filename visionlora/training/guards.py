@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from visionlora.adapt import adapter_names, check_gradients
 from visionlora.errors import NonFiniteError
+from visionlora.training.gather import own_part
 from visionlora.training.loops import training_loaders
 from visionlora.training.sampler import ResumableSampler
 
@@ -66,7 +67,7 @@ def _gradients_finite(optimizer: Optimizer, like: Tensor) -> Tensor:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return like.new_ones(())
-    return torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    return torch.stack(torch._foreach_norm([own_part(g) for g in gradients])).isfinite().all()
 
 
 def _report(trainer: Trainer, losses: list[tuple[int, Tensor]], sound: list[bool], gradients: bool) -> str:
