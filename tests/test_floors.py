@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"plan"},
     {"adapt"},
     {"merging", "overview"},
-    {"io", "data"},
+    {"io", "data", "compose"},
     {"training", "vision"},
     {"report"},
     {"commands", "cli"},
