@@ -5,141 +5,104 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
-from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
-from torch import Tensor, nn
+from layer_kinds import CASES, LAYERS, RANKS, adapted, build, cast, config_of, seat, stir
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers
-from visionlora.core.attach import Branched, Materialised
+from visionlora.core.attach import Materialised
+from visionlora.errors import TargetError
 from visionlora.variants import VARIANTS
 
-IMAGE = (2, 8, 9, 7)  # odd sizes on purpose
-
-
-class Unknown(nn.Linear):
-    """A Linear subclass whose forward is its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, 2 * self.weight, self.bias)
-
-
-class HalfPadded(nn.Conv2d):
-    """A Conv2d subclass whose forward is its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(nn.functional.pad(x, (1, 0, 1, 0)), self.weight, self.bias)
-
-
-def conv(out: int = 12, kernel: int | tuple[int, int] = 3, **kwargs: object) -> nn.Conv2d:
-    return nn.Conv2d(8, out, kernel, **kwargs)  # type: ignore[arg-type]
-
-
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], type]] = {
-    "linear": (lambda: nn.Linear(8, 12), (2, 5, 8), Branched),
-    "linear_no_bias": (lambda: nn.Linear(8, 12, bias=False), (3, 8), Branched),
-    "linear_subclass": (lambda: Unknown(8, 12), (3, 8), Materialised),
-    "conv_1x1": (lambda: conv(kernel=1), IMAGE, Branched),
-    "conv_3x3": (lambda: conv(padding=1), IMAGE, Branched),
-    "conv_stride": (lambda: conv(stride=2, padding=1), IMAGE, Branched),
-    "conv_1x7": (lambda: conv(kernel=(1, 7), padding=(0, 3)), IMAGE, Branched),
-    "conv_7x7_stem": (lambda: conv(kernel=7, stride=2, padding=3, bias=False), IMAGE, Branched),
-    "conv_dilated": (lambda: conv(dilation=2, padding=2), IMAGE, Branched),
-    "conv_dilated_same": (lambda: conv(dilation=2, padding="same"), IMAGE, Branched),
-    "conv_valid": (lambda: conv(padding="valid"), IMAGE, Branched),
-    "conv_reflect": (lambda: conv(padding=1, padding_mode="reflect"), IMAGE, Branched),
-    "conv_circular": (lambda: conv(padding=2, padding_mode="circular", dilation=2), IMAGE, Branched),
-    "conv_replicate": (lambda: conv(padding=1, padding_mode="replicate", stride=2), IMAGE, Branched),
-    "conv_grouped": (lambda: conv(out=16, padding=1, groups=2), IMAGE, Branched),
-    "conv_grouped_dilated": (lambda: conv(out=16, padding=2, dilation=2, groups=4), IMAGE, Branched),
-    "conv_subclass": (lambda: HalfPadded(8, 12, 3), IMAGE, Materialised),
-    "conv2d_same": (lambda: Conv2dSame(8, 12, 3, stride=2), IMAGE, Materialised),
-    "std_conv2d": (lambda: StdConv2d(8, 12, 3, padding=1), IMAGE, Materialised),
-    "scaled_std_conv2d": (lambda: ScaledStdConv2d(8, 12, 3, padding=1), IMAGE, Materialised),
-    "conv1d": (lambda: nn.Conv1d(8, 12, 3, padding=1), (2, 8, 9), Branched),
-    "conv3d": (lambda: nn.Conv3d(8, 12, 3, padding=1), (2, 8, 4, 5, 3), Branched),
-}
-CASES = [(v, k) for v in VARIANTS for k in LAYERS]
-
-
-def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Tensor]:
-    make, shape, _ = LAYERS[kind]
-    return nn.Sequential(make()).to(dtype).eval(), torch.randn(shape, dtype=dtype)
-
-
-def adapted(
-    variant: str, kind: str, dtype: torch.dtype = torch.float64, **config: object
-) -> tuple[nn.Sequential, Tensor]:
-    model, x = build(kind, dtype)
-    config = {"r": 2, "lora_alpha": 4, **config}
-    vl.apply_lora(model, vl.LoraConfig(target_modules=["0"], variant=variant, **config))  # type: ignore[arg-type]
-    return model, x
-
-
-def stir(model: nn.Module, name: str = "default") -> None:
-    """Give an adapter numbers that matter."""
-    with torch.no_grad():
-        for group in vl.adapter_parameters(model, name).values():
-            for parameter in group.values():
-                parameter += 0.3 * torch.randn_like(parameter)
+EVERY = pytest.mark.parametrize(("variant", "kind"), CASES)
+REFUSED = [(v, k) for v in VARIANTS for k in LAYERS if (v, k) not in RANKS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_attaching_changes_no_bit(variant: str, kind: str, dtype: torch.dtype) -> None:
     model, x = build(kind, dtype)
-    keys, before = set(model.state_dict()), model(x)
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"], variant=variant))  # type: ignore[arg-type]
-    assert torch.equal(model(x), before)
+    keys, own = set(model.state_dict()), [type(m) for m in model.modules()]
+    with torch.no_grad():  # attention takes another way where a parameter wants a gradient
+        before = model(x)
+        vl.apply_lora(model, config_of(variant, kind, r=RANKS[variant, kind]))
+        assert torch.equal(model(x), before)
     assert keys == set(vl.base_state_dict(model))
-    assert isinstance(model[0], LAYERS[kind][0]().__class__)
+    assert all(any(isinstance(m, cls) for m in model.modules()) for cls in own)
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@pytest.mark.parametrize(("variant", "kind"), REFUSED)
+def test_a_change_that_would_be_larger_than_the_layer_is_refused(variant: str, kind: str) -> None:
+    model, _ = build(kind)
+    with pytest.raises(TargetError, match=r"modules_to_save|choose another variant"):
+        vl.apply_lora(model, config_of(variant, kind, r=1))
+    assert not vl.adapter_names(model)
+
+
+def test_the_variants_meet_the_layer_kinds() -> None:
+    # a matrix with holes proves little: these are the only combinations in which no rank saves anything
+    assert {v for v, _ in REFUSED} <= {"lora", "dora", "fa", "loha", "tucker", "up", "spatial", "lokr", "ia3"}
+    small = {"conv_depthwise", "conv_channel_multiplier", "conv_32_groups"}
+    assert {k for v, k in REFUSED if v not in ("spatial", "ia3")} <= small
+    assert all("std_conv" in k for v, k in REFUSED if v == "ia3")
+    flat = ("linear", "conv_1x1", "attention", "bare", "embedding", "conv1d_of")
+    assert all(k.startswith(flat) for v, k in REFUSED if v == "spatial")
+
+
+@EVERY
 def test_layers_take_the_way_that_is_right_for_them(variant: str, kind: str) -> None:
     model, _ = adapted(variant, kind)
-    way = LAYERS[kind][2] if VARIANTS[variant].branched else Materialised
-    assert isinstance(model[0], way)
+    way = LAYERS[kind].way if VARIANTS[variant].branched else Materialised
+    assert isinstance(seat(model)[1], way)
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
+@torch.no_grad()
 def test_merged_equals_unmerged_and_everything_can_be_undone(variant: str, kind: str) -> None:
     model, x = build(kind)
     base = model(x)
-    plain, weights = model[0].__class__, copy.deepcopy(model.state_dict())
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"], variant=variant))  # type: ignore[arg-type]
+    classes, weights = [type(m) for m in model.modules()], copy.deepcopy(model.state_dict())
+    vl.apply_lora(model, config_of(variant, kind, r=RANKS[variant, kind]))
     stir(model)
     changed = model(x)
     assert (changed - base).abs().max() > 1e-3, "the adapter has no effect: the rest of this test would be empty"
     with vl.disabled(model):
         assert torch.equal(model(x), base)
     vl.merge(model)
-    assert model[0].__class__ is plain
+    assert [type(m) for m in model.modules()] == classes
     assert_close(model(x), changed)
     vl.unmerge(model)
     assert torch.equal(model(x), changed)
     vl.remove(model)
-    assert model[0].__class__ is plain
+    assert [type(m) for m in model.modules()] == classes
     assert torch.equal(model(x), base)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in weights.items())
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_output_equals_the_layer_run_with_the_dense_weight(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
     stir(model)
-    layer = adapted_layers(model)["0"]
-    delta = layer.adapters["default"]["weight"]
-    twin, _ = build(kind)
-    twin.load_state_dict(vl.base_state_dict(model))
-    with torch.no_grad():
-        twin[0].weight += delta.change(twin[0].weight)
-    assert_close(model(x), twin(x))
+    path, _, delta = seat(model)
+    base = vl.base_state_dict(model)[path]
+    geometry = delta.geometry
+    dense = base + geometry.stored(delta.change(geometry.canonical(base)))
+    twin = vl.remove(copy.deepcopy(model))
+    assert_close(model(x), torch.func.functional_call(twin, {path: dense}, x))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_stored_and_canonical_weights_are_each_others_inverse(kind: str) -> None:
+    variant = next(v for v in VARIANTS if (v, kind) in RANKS)
+    model, _ = adapted(variant, kind)
+    path, _, delta = seat(model)
+    weight = vl.base_state_dict(model)[path]
+    canonical = delta.geometry.canonical(weight)
+    assert canonical.shape == delta.geometry.shape
+    assert torch.equal(delta.geometry.stored(canonical), weight)
 
 
 @pytest.mark.parametrize(("variant", "kind"), [(v, k) for v, k in CASES if v != "dora"])
@@ -149,33 +112,32 @@ def test_gradients_are_those_of_finite_differences(variant: str, kind: str) -> N
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
     assert torch.autograd.gradcheck(
-        lambda *v: torch.func.functional_call(model, dict(zip(names, v, strict=True)), x), values
+        lambda *v: torch.func.functional_call(model, dict(zip(names, v, strict=True)), x), values, fast_mode=True
     )
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [k for v, k in CASES if v == "dora" and "parts" not in k])
 def test_dora_follows_its_formula_with_the_norm_held_constant(kind: str) -> None:
     model, x = adapted("dora", kind)
     stir(model)
-    delta = adapted_layers(model)["0"].adapters["default"]["weight"]
-    W, A, B, m = model[0]._parameters["weight"].detach(), delta.A, delta.B, delta.m
-    r, groups = delta.rank, delta.geometry.groups
+    path, _, delta = seat(model)
+    geometry = delta.geometry
+    W = geometry.canonical(vl.base_state_dict(model)[path].detach())
+    A, B, m, r, groups = delta.A, delta.B, delta.m, delta.rank, geometry.groups
     product = torch.cat(
         [delta.scale * b.flatten(1) @ a.flatten(1) for a, b in zip(A.split(r), B.chunk(groups), strict=True)]
     )
     V = W + product.view_as(W)
     norm = V.detach().flatten(1).norm(dim=1).view(-1, *[1] * (W.ndim - 1))
-    dense = m.view_as(norm) * V / norm
-    twin, _ = build(kind)
-    grads = torch.autograd.grad(
-        torch.func.functional_call(twin, {**vl.base_state_dict(model), "0.weight": dense}, x).sum(), [A, B, m]
-    )
+    twin = vl.remove(copy.deepcopy(model))
+    dense = torch.func.functional_call(twin, {path: geometry.stored(m.view_as(norm) * V / norm)}, x)
+    grads = torch.autograd.grad(dense.sum(), [A, B, m], retain_graph=True)
     ours = torch.autograd.grad(model(x).sum(), [A, B, m])
-    assert_close(model(x), torch.func.functional_call(twin, {**vl.base_state_dict(model), "0.weight": dense}, x))
+    assert_close(model(x), dense)
     assert_close(ours, grads)
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_every_trainable_tensor_gets_a_gradient(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
     stir(model)
@@ -186,7 +148,7 @@ def test_every_trainable_tensor_gets_a_gradient(variant: str, kind: str) -> None
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable.values())
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_copies_and_pickles_are_independent(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
     stir(model)
@@ -202,14 +164,15 @@ def test_copies_and_pickles_are_independent(variant: str, kind: str) -> None:
     assert torch.equal(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)(x), y)
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_strength_runs_between_base_and_adapter(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
     stir(model)
-    full = adapted_layers(model)["0"].effective("weight")
-    base = adapted_layers(model)["0"].base_tensor("weight")
+    path, layer, _ = seat(model)
+    attribute = path.rpartition(".")[2]
+    full, base = layer.effective(attribute), layer.base_tensor(attribute)
     vl.activate(model, "default", strength=0.25)
-    assert_close(adapted_layers(model)["0"].effective("weight"), base + 0.25 * (full - base))
+    assert_close(layer.effective(attribute), base + 0.25 * (full - base))
     merged = vl.merge(copy.deepcopy(model))
     assert_close(merged(x), model(x))
     vl.activate(model, "default", strength=0)
@@ -218,20 +181,23 @@ def test_strength_runs_between_base_and_adapter(variant: str, kind: str) -> None
     assert_close(model(x), base_output)
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_empty_batches_and_autocast_run(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind, torch.float32)
     stir(model)
     if x.ndim == 4:
         assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
-    assert model(x[:0]).shape == (0, *model(x).shape[1:])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x)
-    assert y.dtype == torch.bfloat16
-    assert_close(y.float(), model(x), atol=0.1, rtol=0.1)
+    with torch.no_grad():
+        assert model(x[:0]).shape == (0, *model(x).shape[1:])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x)
+    tables = ("embedding", "bare_parameter")  # autocast leaves a look-up and a sum in the type of the weight
+    assert y.dtype == (torch.float32 if kind in tables else torch.bfloat16)
+    exact = model(x)
+    assert (y.float() - exact).abs().max() <= 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_dropout_thins_the_rank_in_training_only(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind, lora_dropout=0.5)
     stir(model)
@@ -243,12 +209,12 @@ def test_dropout_thins_the_rank_in_training_only(variant: str, kind: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("variant", "kind"), CASES)
+@EVERY
 def test_lower_precision_stays_near_float64(variant: str, kind: str, dtype: torch.dtype) -> None:
     model, x = adapted(variant, kind)
     stir(model)
     exact = model(x)
-    y = model.to(dtype)(x.to(dtype)).double()
+    y = model.to(dtype)(cast(x, dtype)).double()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     assert (y - exact).abs().max() <= tolerance * exact.abs().max()
 
@@ -256,28 +222,16 @@ def test_lower_precision_stays_near_float64(variant: str, kind: str, dtype: torc
 @pytest.mark.parametrize("kind", ["linear", "conv_3x3"])
 def test_a_small_change_to_a_bfloat16_weight_is_summed_in_float32(kind: str) -> None:
     model, _ = adapted("dora", kind, torch.bfloat16)
-    layer = adapted_layers(model)["0"]
-    delta = layer.adapters["default"]["weight"]
+    _, layer, delta = seat(model)
     stir(model)
     wide = layer.base_tensor("weight").float()
     assert torch.equal(layer.effective("weight"), (wide + delta.change(wide)).bfloat16())
 
 
-@pytest.mark.parametrize(("variant", "kind"), [("lora", k) for k in LAYERS] + [("dora", "linear"), ("fa", "conv_3x3")])
-def test_models_compile_without_graph_breaks_and_export(variant: str, kind: str) -> None:
-    model, x = adapted(variant, kind, torch.float32)
-    stir(model)
-    with torch.no_grad():
-        y = model(x)
-        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
-        assert_close(torch.export.export(model, (x,)).module()(x), y)
-    torch._dynamo.reset()
-
-
 def test_a_base_checkpoint_loads_before_and_after_attaching() -> None:
     model, x = build("conv_3x3")
     other, _ = build("conv_3x3")
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"]))
+    vl.apply_lora(model, config_of("lora", "conv_3x3", r=2))
     model.load_state_dict(other.state_dict())
     assert torch.equal(model(x), other(x))
 
@@ -287,7 +241,7 @@ def test_a_zero_row_gives_no_nan_under_dora() -> None:
     with torch.no_grad():
         model[0].weight[0] = 0
     before = model(x)
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0"], variant="dora"))
+    vl.apply_lora(model, config_of("dora", "linear", r=2))
     assert torch.equal(model(x), before)
     model(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -145,7 +145,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Pa
             for tensor_name, parameter in change.named_parameters():
                 leaf = tensor_name.rpartition(".")[2]
                 group = leaf if isinstance(change, Delta) else plan.values[layer_name][attribute]
-                full = f"{layer_name}.adapters.{name}.{attribute}.{tensor_name}"
+                full = f"{layer_name}.adapters.{name}.{attribute}.{tensor_name}".removeprefix(".")
                 groups.setdefault(group, {})[full] = parameter
     return groups
 

@@ -6,11 +6,11 @@ import math
 import re
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from visionlora.errors import ConfigError
 
-Variant = Literal["lora", "dora", "fa"]
+Variant = Literal["lora", "dora", "fa", "loha", "lokr", "tucker", "up", "spatial", "vera", "ia3"]
 Norm = Literal["frozen", "stats", "affine"]
 Bias = Literal["none", "lora_only", "all"]
 Init = Literal["default", "gaussian", "orthogonal"]
@@ -34,7 +34,11 @@ class LoraConfig:
     exclude_modules: str | list[str] = field(default_factory=list)
     """Layers left alone, written like target_modules; wins over it."""
     variant: Variant = "lora"
-    """"lora" (Hu et al. 2021), "dora" (Liu et al. 2024) or "fa", LoRA with A frozen (Zhang et al. 2023)."""
+    """How a change is made of numbers: "lora" (Hu et al. 2021), "dora" (Liu et al. 2024), "fa": LoRA with A frozen,
+    "loha" and "lokr": Hadamard and Kronecker products, "tucker": a small kernel between two 1x1, "up": the kernel in B,
+    "spatial": learned filters mixed per channel (for depthwise layers), "vera" and "ia3": vectors alone."""
+    decompose_factor: int = -1
+    """Of "lokr": the largest side of the first Kronecker factor; -1 makes both factors as square as they go."""
     norm: Norm = "frozen"
     """BatchNorm: "frozen" keeps the base statistics, "stats" re-estimates them once on the target data, "affine"
     also trains scale and shift (of every normalisation layer). Statistics never drift while training."""
@@ -59,6 +63,8 @@ class LoraConfig:
         for pattern, rank in self.rank_pattern.items():
             _whole_number(f"rank_pattern[{pattern!r}]", rank)
         _positive("lora_alpha", self.lora_alpha)
+        if self.decompose_factor != -1:
+            _whole_number("decompose_factor", self.decompose_factor)
         for pattern, alpha in self.alpha_pattern.items():
             _positive(f"alpha_pattern[{pattern!r}]", alpha)
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -94,10 +100,10 @@ class LoraConfig:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "variant": ("lora", "dora", "fa"),
-    "norm": ("frozen", "stats", "affine"),
-    "bias": ("none", "lora_only", "all"),
-    "init_lora_weights": ("default", "gaussian", "orthogonal"),
+    "variant": get_args(Variant),
+    "norm": get_args(Norm),
+    "bias": get_args(Bias),
+    "init_lora_weights": get_args(Init),
 }
 
 

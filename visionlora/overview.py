@@ -12,11 +12,12 @@ from torch import nn
 from visionlora.adapt import adapted_layers, adapter_names, adapter_parameters, adapter_plan, adapter_state, registry_of
 from visionlora.core.attach import Branched, own_class
 from visionlora.core.delta import Delta
-from visionlora.core.geometry import Geometry, geometry_of
+from visionlora.core.geometry import Geometry
 from visionlora.errors import StateError
 from visionlora.merging import base_state_dict
 from visionlora.plan import Plan
-from visionlora.targets import head_layers
+from visionlora.targets import head_layers, layers_and_projections
+from visionlora.variants import VARIANTS
 
 How = Literal["branched", "materialised"]
 
@@ -96,13 +97,13 @@ def summary(model: nn.Module, name: str | None = None) -> Summary:
     plan, state, layers = adapter_plan(model, name), adapter_state(model, name), adapted_layers(model)
     rows = []
     for site in plan.sites:
-        layer = layers[site.name]
-        delta = layer.adapters[name]["weight"]  # type: ignore[index]
+        layer = layers[site.layer]
+        delta = layer.adapters[name][site.attribute]  # type: ignore[index]
         assert isinstance(delta, Delta)
         count = sum(p.numel() for p in delta.parameters())
         label = site.name + (f"[{','.join(site.parts)}]" if site.parts else "")
         how: How = "branched" if isinstance(layer, Branched) else "materialised"
-        share = count / layer._parameters["weight"].numel()  # type: ignore[union-attr]
+        share = count / layer._parameters[site.attribute].numel()  # type: ignore[union-attr]
         rows.append(Row(label, own_class(layer).__name__, how, site.rank, site.scale, count, share))
     groups = adapter_parameters(model, name).values()
     return Summary(
@@ -161,7 +162,7 @@ def _base_parameters(model: nn.Module) -> int:
 def _skipped(model: nn.Module, plan: Plan) -> dict[str, str]:
     changed = {site.name for site in plan.sites} | set(plan.values)
     heads = head_layers(model)
-    candidates = {n: geo for n, m in model.named_modules() if n not in changed and (geo := geometry_of(m)) is not None}
+    candidates = {n: geo for n, geo in layers_and_projections(model).items() if n not in changed}
     return {name: _reason(geo, name in heads, plan) for name, geo in candidates.items()}
 
 
@@ -170,6 +171,6 @@ def _reason(geo: Geometry, is_head: bool, plan: Plan) -> str:
         return "classifier head"
     if geo.depthwise:
         return "depthwise"
-    if not geo.break_even_rank:
+    if not VARIANTS[plan.config.variant].largest_rank(geo, plan.config):
         return "too few weights for a low-rank change"
     return f"not meant by target_modules={plan.config.target_modules!r}"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig, did_you_mean
-from visionlora.core.attach import Adapted, Branched, Materialised
+from visionlora.core.attach import Adapted, Branched, Materialised, own_class
 from visionlora.core.delta import Change, Delta, Parts, Value
-from visionlora.core.geometry import geometry_of
+from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
 from visionlora.core.norms import FrozenNorm, batch_norms, is_norm, norm_values
 from visionlora.errors import TargetError
 from visionlora.targets import Site, head_layers, owner_reads_weight, select
@@ -37,7 +37,12 @@ class Plan:
     def to_record(self) -> dict[str, Any]:
         """Return plain data that from_record reads back on the same kind of model."""
         layers = {
-            s.name: {"rank": s.rank, "scale": s.scale, "parts": {k: list(v) for k, v in s.parts.items()}}
+            s.name: {
+                "attribute": s.attribute,
+                "rank": s.rank,
+                "scale": s.scale,
+                "parts": {k: list(v) for k, v in s.parts.items()},
+            }
             for s in self.sites
         }
         return {
@@ -51,14 +56,15 @@ class Plan:
         """Return the plan a record describes. Raises TargetError for a layer or tensor the model does not have."""
         config = LoraConfig.from_dict(record["config"])
         layers = dict(model.named_modules())
-        for name in (*record["layers"], *record["values"]):
+        for name in (*(_owner(n, entry) for n, entry in record["layers"].items()), *record["values"]):
             if name not in layers:
-                raise TargetError(f"{type(model).__name__} has no layer {name!r}{did_you_mean(name, list(layers))}")
-        sites = tuple(_recorded_site(name, layers[name], entry) for name, entry in record["layers"].items())
+                near = did_you_mean(name, list(layers))
+                raise TargetError(f"{own_class(model).__name__} has no layer {name!r}{near}")
+        sites = tuple(_recorded_site(n, layers[_owner(n, entry)], entry) for n, entry in record["layers"].items())
         for name, attributes in record["values"].items():
             for attribute in attributes:
                 if base_tensor(layers[name], attribute) is None:
-                    raise TargetError(f"layer {name!r} of {type(model).__name__} has no {attribute!r}")
+                    raise TargetError(f"layer {name!r} of {own_class(model).__name__} has no {attribute!r}")
         return cls(config, sites, {n: dict(v) for n, v in record["values"].items()})
 
 
@@ -70,13 +76,16 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
             f"{scripted[0] or 'the model'} is compiled by torch.jit and cannot change; adapt, then compile"
         )
     sites = tuple(select(model, config))
-    targeted = {site.name for site in sites}
-    values: dict[str, dict[str, Role]] = {}
-    for role, names in (("head", _head(model, config)), ("saved", _saved(model, config))):
-        for name in names:
-            if name not in targeted:
-                own = model.get_submodule(name)._parameters
-                values.setdefault(name, {a: role for a, p in own.items() if p is not None})  # type: ignore[misc]
+    targeted = {site.layer for site in sites if site.attribute == "weight"}
+    values = _saved(model, config)
+    for name in _head(model, config):
+        values[name] = dict.fromkeys(_own(model.get_submodule(name)), "head")
+    taken = {(site.layer, site.attribute) for site in sites}
+    values = {
+        name: {a: role for a, role in attributes.items() if (name, a) not in taken}
+        for name, attributes in values.items()
+        if name not in targeted
+    }
     for name, layer in model.named_modules():
         attributes = dict.fromkeys(norm_values(layer, config.norm), "norm") if is_norm(layer) else {}
         if config.bias == "all" or (config.bias == "lora_only" and name in targeted):
@@ -94,7 +103,8 @@ def build(model: nn.Module, plan: Plan) -> Changes:
     """Return fresh changes for every planned tensor, and an empty entry for a BatchNorm that is only held still."""
     changes: Changes = {name: {} for name in batch_norms(model)}
     for site in plan.sites:
-        changes.setdefault(site.name, {})["weight"] = _delta(model.get_submodule(site.name), site, plan.config)
+        delta = _delta(model.get_submodule(site.layer), site, plan.config)
+        changes.setdefault(site.layer, {})[site.attribute] = delta
     for name, attributes in plan.values.items():
         layer = model.get_submodule(name)
         for attribute, role in attributes.items():
@@ -120,7 +130,7 @@ def base_tensor(layer: nn.Module, attribute: str) -> Tensor | None:
 
 def _delta(layer: nn.Module, site: Site, config: LoraConfig) -> Delta:
     geometry, variant = site.geometry, VARIANTS[config.variant]
-    weight = base_tensor(layer, "weight")
+    weight = base_tensor(layer, site.attribute)
     assert weight is not None
     weight = geometry.canonical(weight.detach())
     if not site.parts:
@@ -141,30 +151,50 @@ def _value(layer: nn.Module, attribute: str, role: Role) -> Value:
 
 
 def _recorded_site(name: str, layer: nn.Module, entry: dict[str, Any]) -> Site:
-    geometry = geometry_of(layer)
+    geometry = geometry_of(layer) if entry["attribute"] == "weight" else _bare(layer, entry["attribute"])
     if geometry is None:
-        raise TargetError(f"layer {name!r} is a {type(layer).__name__}, which owns no weight we can adapt")
+        raise TargetError(f"{name!r} of a {own_class(layer).__name__} is no weight we can adapt")
     parts = {part: (int(rows[0]), int(rows[1])) for part, rows in entry["parts"].items()}
     if any(not 0 <= a < b <= geometry.out for a, b in parts.values()):
         raise TargetError(f"the parts {parts} of layer {name!r} lie outside its {geometry.out} rows")
     return Site(name, geometry, int(entry["rank"]), float(entry["scale"]), parts)
 
 
+def _owner(name: str, entry: dict[str, Any]) -> str:
+    return name if entry["attribute"] == "weight" else name.rpartition(".")[0]
+
+
+def _bare(layer: nn.Module, attribute: str) -> Geometry | None:
+    parameter = layer._parameters.get(attribute)
+    return None if parameter is None else bare_geometry(parameter)
+
+
+def _own(layer: nn.Module) -> list[str]:
+    return [attribute for attribute, parameter in layer._parameters.items() if parameter is not None]
+
+
 def _head(model: nn.Module, config: LoraConfig) -> list[str]:
     return [] if config.modules_to_save == "none" else head_layers(model)
 
 
-def _saved(model: nn.Module, config: LoraConfig) -> list[str]:
+def _saved(model: nn.Module, config: LoraConfig) -> dict[str, dict[str, Role]]:
     if isinstance(config.modules_to_save, str):
-        return []
-    found: list[str] = []
+        return {}
+    values: dict[str, dict[str, Role]] = {}
     names = [n for n, _ in model.named_modules() if n]
+    parameters = [n for n, _ in model.named_parameters()]
     for entry in config.modules_to_save:
         hits = [n for n in names if n == entry or n.endswith(f".{entry}")]
-        if not hits:
-            raise TargetError(f'modules_to_save: no module matches "{entry}"{did_you_mean(entry, names)}')
-        found += _leaves(model, hits)
-    return found
+        for name in _leaves(model, hits):
+            values[name] = dict.fromkeys(_own(model.get_submodule(name)), "saved")
+        bare = [] if hits else [n for n in parameters if n == entry or n.endswith(f".{entry}")]
+        for path in bare:
+            owner, _, attribute = path.rpartition(".")
+            values.setdefault(owner, {})[attribute] = "saved"
+        if not hits and not bare:
+            near = did_you_mean(entry, names + parameters)
+            raise TargetError(f'modules_to_save: no module or parameter matches "{entry}"{near}')
+    return values
 
 
 def _leaves(model: nn.Module, owners: Iterable[str]) -> list[str]:
@@ -179,6 +209,6 @@ def _leaves(model: nn.Module, owners: Iterable[str]) -> list[str]:
 def _check_norm(model: nn.Module, config: LoraConfig) -> None:
     if config.norm == "stats" and not batch_norms(model):
         raise TargetError(
-            f'norm="stats" re-estimates BatchNorm statistics and {type(model).__name__} has no BatchNorm; '
+            f'norm="stats" re-estimates BatchNorm statistics and {own_class(model).__name__} has no BatchNorm; '
             'use norm="frozen", or norm="affine" to train scale and shift of its other norms'
         )

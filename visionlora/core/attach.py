@@ -82,10 +82,11 @@ class Branched(Adapted):
     """A layer that runs untouched while each change adds a cheaper parallel branch, proven equal."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = super().forward(x, *args, **kwargs)
+        base: Tensor = super().forward(x, *args, **kwargs)
+        y = base
         for delta, strength in self.active_changes("weight"):
             assert isinstance(delta, Delta)
-            branch = delta.branch(self, x)
+            branch = delta.branch(self, x, base)
             y = y + (branch if strength == 1 else strength * branch)
         return y
 

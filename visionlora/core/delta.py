@@ -31,6 +31,8 @@ class Delta(Change):
     """
 
     branched: bool = False
+    sees_output: bool = False
+    """Its branch is computed from the whole layer's output, so that it cannot be one part of a fused layer."""
 
     def __init__(self, geometry: Geometry, rank: int, scale: float) -> None:
         super().__init__()
@@ -40,8 +42,8 @@ class Delta(Change):
     def change(self, weight: Tensor) -> Tensor:
         """Return what is added to the base weight, same shape and dtype; the weight is float32 or wider."""
 
-    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return what is added to the layer's output."""
+    def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return what is added to y, the layer's own output for x."""
         raise NotImplementedError
 
     def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
@@ -57,7 +59,7 @@ class Parts(Delta):
         deltas = {name: delta for name, (_, delta) in parts.items()}
         super().__init__(geometry, next(iter(deltas.values())).rank, next(iter(deltas.values())).scale)
         self.deltas = nn.ModuleDict(deltas)
-        self.branched = all(delta.branched for delta in deltas.values())
+        self.branched = all(delta.branched and not delta.sees_output for delta in deltas.values())
         self.starts = {name: start for name, (start, _) in parts.items()}
 
     def _rows(self) -> list[tuple[int, Delta]]:
@@ -70,12 +72,12 @@ class Parts(Delta):
             out[rows] = delta.change(weight[rows])
         return out
 
-    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        channels = 1 if self.geometry.kind == "conv" else y.ndim - 1
         rows = sorted(self._rows(), key=lambda row: row[0])
         pieces, end = [], 0
         for start, delta in rows:
-            piece = delta.branch(layer, x)
-            channels = 1 if delta.geometry.kind == "conv" else piece.ndim - 1
+            piece = delta.branch(layer, x, y)
             pieces += [_zeros(piece, channels, start - end), piece]
             end = start + delta.geometry.out
         return torch.cat([*pieces, _zeros(piece, channels, self.geometry.out - end)], dim=channels)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kind = Literal["linear", "conv1d_hf", "conv"]
+Kind = Literal["linear", "conv1d_hf", "embedding", "conv", "conv_transpose", "bare"]
 
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV_OPS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -29,10 +30,19 @@ class Geometry:
     kernel: tuple[int, ...] = ()
     known: bool = True
     """The class is known exactly: a parallel branch equals the layer run with the changed weight."""
+    standardised: bool = False
+    """The layer divides each row of its weight by its spread, so that the length of a row means nothing."""
+    own_shape: tuple[int, ...] = ()
+    """Shape of a bare parameter, which is seen as the matrix (all dimensions but the last, the last)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.out, self.in_, *self.kernel)
+
+    @property
+    def taps(self) -> int:
+        """Numbers in one row of the weight."""
+        return self.in_ * prod(self.kernel)
 
     @property
     def depthwise(self) -> bool:
@@ -41,13 +51,7 @@ class Geometry:
     @property
     def max_rank(self) -> int:
         """The rank beyond which the matrix of a group cannot change any more."""
-        return min(self.out // self.groups, self.in_ * prod(self.kernel))
-
-    @property
-    def break_even_rank(self) -> int:
-        """The largest rank at which A and B together have no more parameters than the weight (0: none)."""
-        taps = self.in_ * prod(self.kernel)
-        return self.out * taps // (self.groups * taps + self.out)
+        return min(self.out // self.groups, self.taps)
 
     def rows(self, count: int) -> Geometry:
         """Return the geometry of a part of the outputs."""
@@ -55,26 +59,40 @@ class Geometry:
 
     def canonical(self, weight: Tensor) -> Tensor:
         """Return the stored weight as (out, in, *kernel)."""
-        return weight.t() if self.kind == "conv1d_hf" else weight
+        if self.kind in ("conv1d_hf", "embedding"):
+            return weight.t()
+        if self.kind == "conv_transpose":  # stored as (in of all groups, out of one group, *kernel)
+            grouped = weight.view(self.groups, self.in_, *weight.shape[1:])
+            return grouped.transpose(1, 2).flatten(0, 1)
+        return weight.reshape(self.shape) if self.kind == "bare" else weight
 
-    stored = canonical  # a transpose undoes itself
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return a weight given as (out, in, *kernel) as the layer stores it: the inverse of canonical."""
+        if self.kind in ("conv1d_hf", "embedding"):
+            return weight.t()
+        if self.kind == "conv_transpose":
+            grouped = weight.reshape(self.groups, self.out // self.groups, *weight.shape[1:])
+            return grouped.transpose(1, 2).flatten(0, 1)
+        return weight.reshape(self.own_shape) if self.kind == "bare" else weight
 
-    def down(self, layer: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        """Return x seen through the layer's own op with A as its weight: groups * r features."""
+    def same(self, layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x seen through the layer's own op (stride, dilation, padding of every mode) with another weight."""
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            h: Tensor = layer._conv_forward(x, A, None)  # stride, dilation and padding of every mode come with it
+            h: Tensor = layer._conv_forward(x, weight, None)
             return h
-        return F.linear(x, A)
+        if isinstance(layer, nn.Embedding):
+            return F.embedding(x, weight.t(), layer.padding_idx)
+        return F.linear(x, weight)
 
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
-        """Return h taken back to the outputs by a pointwise op, group by group."""
+    def pointwise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x mixed by a weight of kernel size 1, group by group."""
         if self.kind != "conv":
-            return F.linear(h, B)
-        return _CONV_OPS[len(self.kernel)](h, B, groups=self.groups)
+            return F.linear(x, weight)
+        return _CONV_OPS[len(self.kernel)](x, weight, groups=self.groups)
 
 
 def geometry_of(layer: nn.Module) -> Geometry | None:
-    """Return the geometry of a layer, or None for a layer whose weight we cannot change."""
+    """Return the geometry of a layer's weight, or None for a layer whose weight we cannot change."""
     weight = layer._parameters.get("weight")
     if weight is None:
         return None
@@ -84,13 +102,19 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
     if isinstance(layer, nn.Linear):
         known = type(layer).forward is nn.Linear.forward or not materialisable(weight)
         return Geometry("linear", out=layer.out_features, in_=layer.in_features, known=known)
-    for base, dims in _CONVS.items():
-        if isinstance(layer, base):
-            known = type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward  # type: ignore[attr-defined]
-            kernel = tuple(weight.shape[2:])
-            assert len(kernel) == dims
-            return Geometry("conv", weight.shape[0], weight.shape[1], layer.groups, kernel, known)  # type: ignore[arg-type]
-    return None
+    if isinstance(layer, nn.Embedding):
+        # max_norm rescales the stored weight in every forward pass: there is no frozen base to add to
+        known = type(layer).forward is nn.Embedding.forward
+        return None if layer.max_norm else Geometry("embedding", layer.embedding_dim, layer.num_embeddings, known=known)
+    return _conv_geometry(layer, weight)
+
+
+def bare_geometry(parameter: Tensor) -> Geometry | None:
+    """Return the geometry of a parameter that a module reads itself, or None for a vector."""
+    if parameter.ndim < 2:
+        return None
+    rows = prod(parameter.shape[:-1])
+    return Geometry("bare", rows, parameter.shape[-1], known=False, own_shape=tuple(parameter.shape))
 
 
 def materialisable(weight: Tensor) -> bool:
@@ -101,6 +125,21 @@ def materialisable(weight: Tensor) -> bool:
 def widened(weight: Tensor) -> Tensor:
     """Return the weight in float32 or wider: a small change added to a bfloat16 weight would be rounded away."""
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def _conv_geometry(layer: nn.Module, weight: Tensor) -> Geometry | None:
+    kernel = tuple(weight.shape[2:])
+    if isinstance(layer, _TRANSPOSED):
+        return Geometry(
+            "conv_transpose", layer.out_channels, layer.in_channels // layer.groups, layer.groups, kernel, known=False
+        )
+    for base, dims in _CONVS.items():
+        if isinstance(layer, base):
+            known = type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward  # type: ignore[attr-defined]
+            assert len(kernel) == dims
+            standardised = type(layer).__module__ == "timm.layers.std_conv"
+            return Geometry("conv", *weight.shape[:2], layer.groups, kernel, known, standardised)  # type: ignore[arg-type]
+    return None
 
 
 def _is_hf_conv1d(layer: nn.Module) -> bool:

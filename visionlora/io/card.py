@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from visionlora.variants import VARIANTS
+
 GENERATED = "<!-- written by visionlora at every save; delete this line to keep your own text -->"
 
 _TEMPLATE = """---
@@ -50,7 +52,7 @@ def card(record: dict[str, Any], parameters: int, size: int, reasons: Iterable[s
     return _TEMPLATE.format(
         generated=GENERATED,
         name=record["name"],
-        variant={"lora": "LoRA", "dora": "DoRA", "fa": "LoRA (A frozen)"}[config["variant"]],
+        variant=VARIANTS[config["variant"]].__name__,
         base=name,
         base_row=" ".join(f"`{part}`" for part in (name, base["tag"], base["class"], base["dtype"]) if part),
         fingerprint=base["fingerprint"],

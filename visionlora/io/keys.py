@@ -24,7 +24,7 @@ _ADAPTED_BIAS = "base_layer.bias"  # PEFT wraps an adapted layer, so its trained
 
 def file_keys(plan: Plan, keys: list[str]) -> dict[str, str]:
     """Return {key of adapter_state: key in the file}."""
-    adapted = {site.name: site for site in plan.sites}
+    adapted = {site.name: site for site in plan.sites if site.attribute == "weight"}
     return {key: _peft_key(plan, adapted, key) or OURS + key for key in keys}
 
 

@@ -12,6 +12,7 @@ from visionlora.config import ADAPTER_NAME, LoraConfig
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.keys import core_key
 from visionlora.io.strict import ListOf, MapOf, Maybe, Rule, Schema, check, is_finite, is_whole, parse_object, wrong
+from visionlora.variants import VARIANTS, LowRank
 
 FORMAT_VERSION = 1
 RECORD, RECORD_SUM = "visionlora", "visionlora_sha256"
@@ -67,6 +68,7 @@ _ARGUMENT_NAME = Rule(
 _POSITIVE = Rule("a finite number above 0", lambda v: is_finite(v) and v > 0)
 
 _LAYER_ENTRY: Schema = {
+    "attribute": _ATTRIBUTE,
     "rank": _whole(1, 1 << 30),
     "scale": _POSITIVE,
     "parts": MapOf(_ATTRIBUTE, ListOf(_whole(0, 1 << 30), 2), 16),
@@ -165,16 +167,25 @@ def from_metadata(metadata: dict[str, str]) -> dict[str, Any]:
 def check_agreement(record: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise AdapterFileError where the plan and the tensors, {key in the file: shape}, contradict each other."""
     found = {core_key(key): shape for key, shape in shapes.items()}
-    variant = record["plan"]["config"].get("variant", "lora")
+    variant = VARIANTS[record["plan"]["config"].get("variant", "lora")]
     needed = {f"{n}/{a}/value" for n, attributes in record["plan"]["values"].items() for a in attributes}
-    for layer, entry in record["plan"]["layers"].items():
-        for prefix in [f"{layer}/weight/deltas.{part}." for part in entry["parts"]] or [f"{layer}/weight/"]:
-            needed |= {f"{prefix}{leaf}" for leaf in ("A", "B", *(("m",) if variant == "dora" else ()))}
-            _check_pair(f"plan.layers.{layer}.rank", entry["rank"], found.get(f"{prefix}A"), found.get(f"{prefix}B"))
+    for site, entry in record["plan"]["layers"].items():
+        owner = tensor_prefix(site, entry["attribute"])
+        for prefix in [f"{owner}deltas.{part}." for part in entry["parts"]] or [owner]:
+            leaves = next((t for t in variant.tensors if f"{prefix}{t[-1]}" in found), variant.tensors[-1])
+            needed |= {f"{prefix}{leaf}" for leaf in leaves}
+            if issubclass(variant, LowRank):
+                _check_pair(f"plan.layers.{site}.rank", entry["rank"], found.get(f"{prefix}A"), found.get(f"{prefix}B"))
     starts = {f"{key.removesuffix('value')}start" for key in needed if key.endswith("/value")}
     _list_keys("is missing", needed - found.keys())
     _list_keys("has unexpected", found.keys() - needed - starts)
     _check_classes(record, found)
+
+
+def tensor_prefix(site: str, attribute: str) -> str:
+    """Return what the keys of adapter_state begin with for a recorded layer or bare parameter."""
+    layer = site if attribute == "weight" else site.rpartition(".")[0]
+    return f"{layer}/{attribute}/"
 
 
 def _check_pair(field: str, rank: int, A: tuple[int, ...] | None, B: tuple[int, ...] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from visionlora.core.attach import own_class
 from visionlora.core.geometry import Geometry
 
 ATTENTION_AND_MLP = (
@@ -33,7 +34,7 @@ _STEMS = ("stem", "patch_embed", "conv_stem", "stem_conv", "conv1")
 
 def family(model: nn.Module) -> str:
     """Return the timm module a model comes from, or its package."""
-    return type(model).__module__.rpartition(".")[2]
+    return own_class(model).__module__.rpartition(".")[2]
 
 
 def auto(model: nn.Module, candidates: dict[str, Geometry], heads: list[str]) -> list[str]:
@@ -41,7 +42,8 @@ def auto(model: nn.Module, candidates: dict[str, Geometry], heads: list[str]) ->
     roles = PRESETS.get(family(model))
     modules = dict(model.named_modules())
     stems = _stems(model)
-    names = [n for n, geo in candidates.items() if n not in heads and not _is_stem(n, geo, stems) and not geo.depthwise]
+    layers = {n: geo for n, geo in candidates.items() if geo.kind != "embedding" and n not in heads}
+    names = [n for n, geo in layers.items() if not _is_stem(n, geo, stems)]
     if roles is not None:
         names = [n for n in names if n.rpartition(".")[2] in roles]
     return [n for n in names if not _is_gate(n, modules)]

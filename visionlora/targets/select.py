@@ -9,17 +9,21 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from visionlora.config import LoraConfig, compile_pattern, did_you_mean
-from visionlora.core.geometry import Geometry, geometry_of
+from visionlora.core.attach import own_class
+from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
+from visionlora.core.norms import is_norm
 from visionlora.errors import TargetError
 from visionlora.targets.heads import head_layers
 from visionlora.targets.parts import split_entry, split_rows
 from visionlora.targets.presets import auto
+from visionlora.variants import VARIANTS, LowRank, Variant
 
 KEYWORDS: dict[str, Callable[[Geometry], bool]] = {
-    "all-linear": lambda geo: geo.kind != "conv",
-    "all-conv": lambda geo: geo.kind == "conv" and not geo.depthwise,
-    "all": lambda geo: not geo.depthwise,
+    "all-linear": lambda geo: geo.kind in ("linear", "conv1d_hf", "bare"),
+    "all-conv": lambda geo: geo.kind in ("conv", "conv_transpose") and not geo.depthwise,
+    "all": lambda geo: geo.kind != "embedding" and not geo.depthwise,
 }
+"""Keyword -> which of the candidates it takes. Bare parameters are candidates where they are attention projections."""
 
 
 @dataclass(frozen=True)
@@ -33,41 +37,80 @@ class Site:
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Row ranges of a fused layer that change, by part name; empty: the whole layer."""
 
+    @property
+    def layer(self) -> str:
+        """Name of the module that owns the tensor."""
+        return self.name.rpartition(".")[0] if self.geometry.kind == "bare" else self.name
+
+    @property
+    def attribute(self) -> str:
+        """What the module calls the tensor."""
+        return self.name.rpartition(".")[2] if self.geometry.kind == "bare" else "weight"
+
 
 def select(model: nn.Module, config: LoraConfig) -> list[Site]:
     """Return the layers the config means, in model order. Raises TargetError for no match, a typo, a rank too large."""
-    candidates = {n: geo for n, m in model.named_modules() if n and (geo := geometry_of(m)) is not None}
-    chosen = _chosen(model, config, candidates)
-    excluded = _matches(config.exclude_modules, candidates, model, "exclude_modules") if config.exclude_modules else {}
+    candidates = layers_and_projections(model)
+    known = {**candidates, **_bare_parameters(model)}
+    chosen = _chosen(model, config, candidates, known)
+    excluded = _matches(config.exclude_modules, known, model, "exclude_modules") if config.exclude_modules else {}
     chosen = {name: parts for name, parts in chosen.items() if name not in excluded}
     if not chosen and config.target_modules != "none":
         raise TargetError(
-            f"target_modules={config.target_modules!r} leaves no layer of {type(model).__name__} to adapt"
+            f"target_modules={config.target_modules!r} leaves no layer of {own_class(model).__name__} to adapt"
         )
     _check_patterns(config.rank_pattern, chosen, "rank_pattern")
     _check_patterns(config.alpha_pattern, chosen, "alpha_pattern")
     by_name = not _is_keyword(config.target_modules)
-    sites = [
-        _site(n, candidates[n], parts, model, config, by_name)
-        for n in candidates
-        if (parts := chosen.get(n)) is not None
-    ]
+    sites = [_site(n, known[n], parts, model, config, by_name) for n in known if (parts := chosen.get(n)) is not None]
     return [site for site in sites if site.rank]
+
+
+def layers_and_projections(model: nn.Module) -> dict[str, Geometry]:
+    """Return what a keyword may take: layers with a weight, and the weights an attention keeps as bare parameters."""
+    found: dict[str, Geometry] = {}
+    for name, module in model.named_modules():
+        geometry = geometry_of(module) if name else None
+        if geometry is not None:
+            found[name] = geometry
+        elif isinstance(module, nn.MultiheadAttention):
+            weights = {a: geo for a, geo in _bare(module).items() if a.endswith("proj_weight")}
+            found |= {f"{name}.{a}" if name else a: geo for a, geo in weights.items()}
+    return found
+
+
+def _bare_parameters(model: nn.Module) -> dict[str, Geometry]:
+    """Return the matrices that modules read themselves, by path: a position embedding, a stack of experts."""
+    return {
+        f"{name}.{attribute}" if name else attribute: geometry
+        for name, module in model.named_modules()
+        if geometry_of(module) is None and not is_norm(module)
+        for attribute, geometry in _bare(module).items()
+    }
+
+
+def _bare(module: nn.Module) -> dict[str, Geometry]:
+    own = {a: bare_geometry(p) for a, p in module._parameters.items() if p is not None}
+    return {attribute: geometry for attribute, geometry in own.items() if geometry is not None}
 
 
 def _is_keyword(targets: str | list[str]) -> bool:
     return isinstance(targets, str) and (targets in KEYWORDS or targets in ("auto", "none"))
 
 
-def _chosen(model: nn.Module, config: LoraConfig, candidates: dict[str, Geometry]) -> dict[str, tuple[str, ...]]:
+def _chosen(
+    model: nn.Module, config: LoraConfig, candidates: dict[str, Geometry], known: dict[str, Geometry]
+) -> dict[str, tuple[str, ...]]:
     targets, heads = config.target_modules, head_layers(model)
     if targets == "none":
         return {}
-    if targets == "auto":
-        return dict.fromkeys(auto(model, candidates, heads), ())
-    if isinstance(targets, str) and targets in KEYWORDS:
-        return {n: () for n, geo in candidates.items() if n not in heads and KEYWORDS[targets](geo)}
-    found = _matches(targets, candidates, model, "target_modules")
+    if isinstance(targets, str) and _is_keyword(targets):
+        # a depthwise kernel has no channel matrix: only the variant that looks for low rank elsewhere takes it
+        fit = {n: geo for n, geo in candidates.items() if not geo.depthwise or config.variant == "spatial"}
+        if targets == "auto":
+            return dict.fromkeys(auto(model, fit, heads), ())
+        return {n: () for n, geo in fit.items() if n not in heads and KEYWORDS[targets](geo)}
+    found = _matches(targets, candidates if isinstance(targets, str) else known, model, "target_modules")
     named = [split_entry(entry)[0] for entry in targets] if not isinstance(targets, str) else []
     kept = {n: parts for n, parts in found.items() if n not in heads or n in named}
     if found and not kept:
@@ -96,13 +139,18 @@ def _matches(
 
 
 def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, where: str) -> dict[str, tuple[str, ...]]:
-    model_name = type(model).__name__
+    model_name = own_class(model).__name__
     others = [n for n, _ in model.named_modules() if n and (n == name or n.endswith(f".{name}"))]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
         raise TargetError(
             f'{where}: "{name}" is {len(others)} module(s) of class {kind}, which owns no weight we can adapt; '
             f"name the layers inside, e.g. {_inside(others[0], candidates)}"
+        )
+    vectors = [n for n, p in model.named_parameters() if (n == name or n.endswith(f".{name}")) and p.ndim < 2]
+    if vectors:
+        raise TargetError(
+            f'{where}: "{name}" is a vector, which has no low rank; train it in full with modules_to_save=["{name}"]'
         )
     endings: dict[str, int] = {}
     for candidate in candidates:
@@ -139,31 +187,38 @@ def _check_patterns(patterns: dict[str, float] | dict[str, int], names: Iterable
 def _site(
     name: str, geo: Geometry, parts: tuple[str, ...], model: nn.Module, config: LoraConfig, by_name: bool
 ) -> Site:
+    variant = VARIANTS[config.variant]
     asked = pattern_value(dict(config.rank_pattern), name)
     rank = config.r if asked is None else int(asked)
-    scale = config.scale(rank, pattern_value(dict(config.alpha_pattern), name))
+    scale = config.scale(rank, pattern_value(dict(config.alpha_pattern), name)) if variant.scaled else 1.0
     rows = split_rows(model, name, geo, parts) if parts else {}
     smallest = geo.rows(min(stop - start for start, stop in rows.values())) if rows else geo
+    largest = variant.largest_rank(smallest, config)
+    if not variant.ranked:
+        rank = 1
     if by_name or asked is not None:
-        _check_rank(name, smallest, rank)
+        _check_rank(name, smallest, rank, largest, variant)
     # a keyword meets layers of every width: small ones get the largest rank that still is a saving, at the same scale
-    return Site(name, geo, min(rank, smallest.break_even_rank), scale, rows)
+    return Site(name, geo, min(rank, largest), scale, rows)
 
 
-def _check_rank(name: str, geo: Geometry, rank: int) -> None:
+def _check_rank(name: str, geo: Geometry, rank: int, largest: int, variant: type[Variant]) -> None:
     shape = "x".join(map(str, geo.shape)) + (f", {geo.groups} groups" if geo.groups > 1 else "")
-    if not geo.break_even_rank:
+    if reason := variant.unfit(geo):
+        raise TargetError(f"{variant.__name__} does not fit {name}: {reason}; leave it out or choose another variant")
+    if not largest:
+        kind = "low-rank change" if issubclass(variant, LowRank) else f"change of variant {variant.__name__}"
         raise TargetError(
-            f"{name} ({shape}) has so few weights that every low-rank change is larger than the layer; "
+            f"{name} ({shape}) has so few weights that every {kind} is larger than the layer; "
             f'leave it out (exclude_modules=["{name}"]) or train it in full (modules_to_save=["{name}"])'
         )
-    if rank > geo.max_rank:
+    if issubclass(variant, LowRank) and rank > geo.max_rank:
         raise TargetError(
             f"{name} ({shape}) is a matrix of rank {geo.max_rank} at most, r={rank} is larger; "
-            f'set rank_pattern={{"{name}": {geo.break_even_rank}}} or a smaller r'
+            f'set rank_pattern={{"{name}": {largest}}} or a smaller r'
         )
-    if rank > geo.break_even_rank:
+    if rank > largest:
         raise TargetError(
             f"{name} ({shape}): at r={rank} the change has more parameters than the weight; "
-            f'set rank_pattern={{"{name}": {geo.break_even_rank}}} or a smaller r'
+            f'set rank_pattern={{"{name}": {largest}}} or a smaller r'
         )

@@ -14,11 +14,17 @@ from visionlora.variants.low_rank import LowRank
 class DoRA(LowRank):
     """Train the length of each output row apart from its direction."""
 
+    tensors = (("A", "B", "m"),)
+
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
         if not materialisable(weight):
             raise TargetError(f"DoRA needs the weight itself, and {type(weight).__name__} hides it; use variant lora")
         self.m = nn.Parameter(_row_norm(widened(weight.detach())).flatten())
+
+    @classmethod
+    def size(cls, geometry: Geometry, rank: int, config: LoraConfig) -> int:
+        return super().size(geometry, rank, config) + geometry.out
 
     def change(self, weight: Tensor) -> Tensor:
         product = self.product().to(weight.dtype)

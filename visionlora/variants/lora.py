@@ -15,5 +15,5 @@ class LoRA(LowRank):
     def change(self, weight: Tensor) -> Tensor:
         return self.product().to(weight.dtype)
 
-    def branch(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.parallel(layer, x)

@@ -1,0 +1,72 @@
+"""What every variant tells of itself before it is built: how many numbers it would hold at a rank."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from visionlora.config import LoraConfig
+from visionlora.core.delta import Delta
+from visionlora.core.geometry import Geometry
+
+
+class Variant(Delta):
+    """A delta that the config can name."""
+
+    tensors: ClassVar[tuple[tuple[str, ...], ...]]
+    """Names of its stored tensors; several tuples where the sizes of a layer decide."""
+    ranked: ClassVar[bool] = True
+    """False: it has no rank, every layer is recorded at rank 1."""
+    scaled: ClassVar[bool] = True
+    """False: lora_alpha has no meaning, every layer is recorded at scale 1."""
+
+    def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
+        super().__init__(geometry, rank, scale)
+        self.dropout = config.lora_dropout
+
+    @classmethod
+    @abstractmethod
+    def size(cls, geometry: Geometry, rank: int, config: LoraConfig) -> int:
+        """Return how many numbers the change would hold."""
+
+    @classmethod
+    def unfit(cls, geometry: Geometry) -> str | None:
+        """Return why the variant has no meaning on such a layer, or None where it has one."""
+        return None
+
+    @classmethod
+    def largest_rank(cls, geometry: Geometry, config: LoraConfig) -> int:
+        """Return the largest rank at which the change has no more numbers than the weight (0: none)."""
+        weight, low, high = prod(geometry.shape), 0, geometry.max_rank
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if cls.size(geometry, middle, config) <= weight else (low, middle - 1)
+        return 0 if cls.unfit(geometry) else low
+
+    def thinned(self, factor: Tensor) -> Tensor:
+        """Return the factor with rank-one parts (its first dimension) dropped in training, the rest scaled up."""
+        if not (self.training and self.dropout):
+            return factor
+        keep = torch.rand(factor.shape[0], *[1] * (factor.ndim - 1), device=factor.device) >= self.dropout
+        return factor * (keep.to(factor.dtype) / (1 - self.dropout))
+
+
+def factor_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type of trained factors: float32 whatever the base is stored in, or wider.
+
+    Optimiser steps of 1e-4 vanish in bfloat16.
+    """
+    return torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+
+
+def seen_dtype(layer: torch.nn.Module, x: Tensor) -> torch.dtype:
+    """Return the type in which a branch runs: that of its input, or of the table where the input is indices."""
+    if x.is_floating_point():
+        return x.dtype
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight.dtype
