@@ -44,7 +44,8 @@ def plan_from_peft(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
         elif layer not in layers:
             rank = _resolve(ranks, layer, config.get("r", 8))
             alpha = _resolve(alphas, layer, config.get("lora_alpha", 8))
-            layers[layer] = {"rank": rank, "scale": alpha / (math.sqrt(rank) if rslora else rank), "parts": {}}
+            scale = alpha / (math.sqrt(rank) if rslora else rank)
+            layers[layer] = {"attribute": "weight", "rank": rank, "scale": scale, "parts": {}}
     return {"config": _lora_config(config, list(layers)).to_dict(), "layers": layers, "values": values}
 
 

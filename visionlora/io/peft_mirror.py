@@ -5,45 +5,92 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from visionlora.adapt import adapted_layers
+from visionlora.config import LoraConfig
 from visionlora.core.attach import Adapted, Branched, own_class
 from visionlora.plan import Plan
 from visionlora.targets import Site
 
+_VARIANTS = ("lora", "dora", "fa")
+_PADS_ITSELF = ("timm.layers.conv2d_same", "Conv2dSame")  # PEFT builds its lora_A from the layer's own class
+
 
 def peft_config(model: nn.Module, plan: Plan, base_name: str | None) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the config with which PEFT computes the same outputs in eval mode, or None and the reasons."""
-    names = _own_names(model)
-    sites = [reason for site in plan.sites if (reason := _site_reason(model, site))]
-    reasons = [*_plan_reasons(plan), *sites, *_saved_reasons(model, plan, names)]
+    names = own_names(model)
+    sites = [reason for site in plan.sites if (reason := _layout_reason(site) or layer_reason(model, site))]
+    saved = _saved(plan)
+    reasons = [*_plan_reasons(plan), *sites, *_saved_reasons(model, saved, names)]
     if reasons:
         return None, reasons
-    config = plan.config
-    r = Counter(site.rank for site in plan.sites).most_common(1)[0][0]
-    alphas = {site.name: _alpha(site, config.use_rslora) for site in plan.sites}
+    ranks = {site.name: (site.rank, site.scale) for site in plan.sites}
+    transposed = any(site.geometry.kind == "conv1d_hf" for site in plan.sites)
+    config = config_of(plan.config, ranks, names, dora=plan.config.variant == "dora", saved=saved)
+    return {**config, "base_model_name_or_path": base_name, "fan_in_fan_out": transposed}, []
+
+
+def config_of(
+    config: LoraConfig, ranks: Mapping[str, tuple[int, float]], names: list[str], *, dora: bool, saved: list[str]
+) -> dict[str, Any]:
+    """Return PEFT's config for layers of these (rank, scale) in a model whose modules have these names."""
+    r = Counter(rank for rank, _ in ranks.values()).most_common(1)[0][0]
+    alphas = {name: scale * (math.sqrt(k) if config.use_rslora else k) for name, (k, scale) in ranks.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": config.task_type,
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "use_dora": config.variant == "dora",
+        "use_dora": dora,
         "bias": config.bias,
-        "fan_in_fan_out": any(site.geometry.kind == "conv1d_hf" for site in plan.sites),
+        "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": _targets(plan, names),
-        "modules_to_save": _saved(plan) or None,
-        "rank_pattern": {_anchored(s.name): s.rank for s in plan.sites if s.rank != r},
+        "target_modules": _targets(list(ranks), names),
+        "modules_to_save": saved or None,
+        "rank_pattern": {_anchored(name): rank for name, (rank, _) in ranks.items() if rank != r},
         "alpha_pattern": {_anchored(name): a for name, a in alphas.items() if a != alpha},
-    }, []
+    }
+
+
+def layer_reason(model: nn.Module, site: Site) -> str | None:
+    """Return why PEFT could not put any change on a layer, or None."""
+    layer, kind = model.get_submodule(site.layer), site.geometry.kind
+    if kind in ("bare", "conv_transpose"):
+        return f"{site.name}: PEFT's LoRA has no {'bare parameters' if kind == 'bare' else own_class(layer).__name__}"
+    if isinstance(layer, Adapted) and layer.mixin is not Branched and not _pads_itself(layer):
+        return f"{site.name}: {own_class(layer).__name__} needs its changed weight, PEFT only adds to its output"
+    if isinstance(layer, nn.modules.conv._ConvNd) and max(site.geometry.kernel) > 1:
+        padded = layer.padding_mode != "zeros" and layer.padding not in (0, "valid") and set(layer.padding) != {0}
+        if padded or set(layer.dilation) != {1}:
+            return f"{site.name}: PEFT loses the dilation and padding mode of a convolution"
+    return None
+
+
+def own_names(model: nn.Module) -> list[str]:
+    """Return the names of a model's modules without those of its adapters."""
+    inside = tuple(f"{name}.adapters" if name else "adapters" for name in adapted_layers(model))
+    return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
+
+
+def _layout_reason(site: Site) -> str | None:
+    """Return why the tensors as they are stored are not those that PEFT would read."""
+    convert = "`visionlora convert --to peft` writes it so"
+    if site.parts:
+        return f"{site.name}: only the parts {', '.join(site.parts)} change, PEFT changes a layer as a whole; {convert}"
+    if site.geometry.groups > 1:
+        return f"{site.name}: PEFT stores the pairs of {site.geometry.groups} groups otherwise; {convert}"
+    if site.geometry.kind == "embedding":
+        return f"{site.name}: PEFT has other names for the factors of an embedding; {convert}"
+    return None
 
 
 def _plan_reasons(plan: Plan) -> list[str]:
@@ -52,28 +99,18 @@ def _plan_reasons(plan: Plan) -> list[str]:
         reasons.append("it changes no layer by low rank, and PEFT needs one")
     if plan.config.norm != "frozen":
         reasons.append(f'norm="{plan.config.norm}": PEFT has no normalisation policy')
+    if plan.config.variant not in _VARIANTS:
+        reasons.append(f"its variant is {plan.config.variant}, not LoRA or DoRA; `visionlora convert --to peft` helps")
     return reasons
 
 
-def _site_reason(model: nn.Module, site: Site) -> str | None:
-    """Return why PEFT would compute something else, or nothing, on a layer."""
-    layer = model.get_submodule(site.name)
-    if site.parts:
-        return f"{site.name}: only the parts {', '.join(site.parts)} change, PEFT changes a layer as a whole"
-    if site.geometry.groups > 1:
-        return f"{site.name}: one low-rank pair for each of {site.geometry.groups} groups, PEFT has one for all"
-    if isinstance(layer, Adapted) and layer.mixin is not Branched:
-        return f"{site.name}: {own_class(layer).__name__} needs its changed weight, PEFT only adds to its output"
-    if isinstance(layer, nn.modules.conv._ConvNd) and (layer.padding_mode != "zeros" or set(layer.dilation) != {1}):
-        return f"{site.name}: PEFT loses the dilation and padding mode of a convolution"
-    return None
-
-
-def _saved_reasons(model: nn.Module, plan: Plan, names: list[str]) -> list[str]:
+def _saved_reasons(model: nn.Module, saved: list[str], names: list[str]) -> list[str]:
     reasons = []
-    for name in _saved(plan):
+    for name in saved:
         others = [n for n in names if n.endswith(name) and n != name]
-        if others:
+        if not name:
+            reasons.append("the model's own parameters are trained in full, PEFT only saves modules inside it")
+        elif others:
             reasons.append(f"{name}: PEFT would train {others[0]} in full as well, whose name ends alike")
         elif model.get_submodule(name)._buffers:
             reasons.append(f"{name}: trained in full without its buffers, PEFT saves them too")
@@ -84,10 +121,9 @@ def _saved(plan: Plan) -> list[str]:
     return [name for name, roles in plan.values.items() if {"head", "saved"} & set(roles.values())]
 
 
-def _targets(plan: Plan, names: list[str]) -> list[str] | str:
-    chosen = {site.name for site in plan.sites}
+def _targets(chosen: list[str], names: list[str]) -> list[str] | str:
     # PEFT takes an entry of a list as a name ending too: "conv1" would also be layer1.0.conv1
-    if any(n.endswith(f".{c}") for c in chosen for n in names if n not in chosen):
+    if any(n.endswith(f".{c}") for c in chosen for n in names if n not in set(chosen)):
         return "|".join(re.escape(name) for name in sorted(chosen))
     return sorted(chosen)
 
@@ -96,10 +132,5 @@ def _anchored(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _alpha(site: Site, rslora: bool) -> float:
-    return site.scale * (math.sqrt(site.rank) if rslora else site.rank)
-
-
-def _own_names(model: nn.Module) -> list[str]:
-    inside = tuple(f"{name}.adapters" if name else "adapters" for name in adapted_layers(model))
-    return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
+def _pads_itself(layer: nn.Module) -> bool:
+    return any((c.__module__, c.__name__) == _PADS_ITSELF for c in own_class(layer).__mro__)
