@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from visionlora.adapt import deactivate as deactivate
     from visionlora.adapt import disabled as disabled
     from visionlora.adapt import remove as remove
+    from visionlora.compose import combine as combine
+    from visionlora.compose import sweep as sweep
     from visionlora.core.norms import estimate_statistics as estimate_statistics
     from visionlora.io import load_adapter as load_adapter
     from visionlora.io import read_adapter as read_adapter
@@ -36,6 +38,7 @@ _WHERE = {
         *("activate", "active_adapters", "adapter_names", "adapter_parameters", "apply_lora", "check_gradients"),
         *("deactivate", "disabled", "remove"),
     ),
+    "visionlora.compose": ("combine", "sweep"),
     "visionlora.core.norms": ("estimate_statistics",),
     "visionlora.io": ("load_adapter", "read_adapter", "save_adapter"),
     "visionlora.merging": ("base_state_dict", "fingerprint", "merge", "unmerge"),

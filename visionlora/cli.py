@@ -43,6 +43,7 @@ VERBS = {
     "merge": Verb(
         "fold an adapter into its base: a plain timm checkpoint", "visionlora.commands.merge", arguments.merge
     ),
+    "combine": Verb("make one adapter of several", "visionlora.commands.combine", arguments.combine),
     "doctor": Verb("check a data set before training", "visionlora.commands.doctor", arguments.doctor),
     "scenes": Verb(
         "write small surveillance scenes, drawn from a seed", "visionlora.commands.scenes", arguments.scenes

@@ -63,6 +63,28 @@ def merge(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
+def combine(parser: Parser) -> None:
+    """Declare the flags of combine."""
+    parser.add_argument("adapters", nargs="+", help="directories of saved adapters of one base")
+    parser.add_argument("--out", required=True, help="directory to write the new adapter to")
+    parser.add_argument("--weights", type=float, nargs="+", help="one for each adapter (default: their average)")
+    parser.add_argument(
+        "--method",
+        default="concat",
+        help="concat: the exact sum; svd: the nearest of --rank; ties, dare_linear, dare_ties, magnitude_prune: merges "
+        "of entries, cut to --rank (default: %(default)s)",
+    )
+    parser.add_argument("--rank", type=int, help="rank of every layer (default: the largest of the adapters there)")
+    parser.add_argument("--density", type=float, help="share of entries kept by ties, dare_* and magnitude_prune")
+    parser.add_argument("--seed", type=int, default=0, help="of the entries dare_* drops (default: %(default)s)")
+    for what in ("head", "norm"):
+        text = f"average, first, base, or the name of the adapter whose {what} is taken over (default: %(default)s)"
+        parser.add_argument(f"--{what}", default="average", help=text)
+    parser.add_argument("--name", default="combined", help="name of the new adapter (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="weights of the base, where they are not at their public address")
+    parser.add_argument("--force", action="store_true", help="replace the adapter in OUT if there is one")
+
+
 def doctor(parser: Parser) -> None:
     """Declare the flags of doctor."""
     parser.add_argument("data", help="folder of class folders, or a CSV with the columns path,label[,domain][,split]")
