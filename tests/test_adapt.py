@@ -135,7 +135,7 @@ def test_more_modules_can_be_trained_in_full(x: Tensor) -> None:
     assert {n.partition(".adapters")[0] for n in saved} == {"patch_embed.proj", "blocks.0.norm1"}
     model(x).square().mean().backward()
     vl.check_gradients(model)
-    with pytest.raises(TargetError, match='no module matches "patch_embd"; did you mean "patch_embed"'):
+    with pytest.raises(TargetError, match='no module or parameter matches "patch_embd"; did you mean "patch_embed"'):
         vl.apply_lora(model, vl.LoraConfig(modules_to_save=["patch_embd"]), name="b")
 
 

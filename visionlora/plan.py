@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig, did_you_mean
-from visionlora.core.attach import Adapted, Branched, Materialised, own_class
+from visionlora.core.attach import Adapted, Branched, Materialised, own_class, own_modules
 from visionlora.core.delta import Change, Delta, Parts, Value
 from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
 from visionlora.core.norms import FrozenNorm, batch_norms, is_norm, norm_values
@@ -103,8 +103,11 @@ def build(model: nn.Module, plan: Plan) -> Changes:
     """Return fresh changes for every planned tensor, and an empty entry for a BatchNorm that is only held still."""
     changes: Changes = {name: {} for name in batch_norms(model)}
     for site in plan.sites:
-        delta = _delta(model.get_submodule(site.layer), site, plan.config)
-        changes.setdefault(site.layer, {})[site.attribute] = delta
+        weight = base_tensor(model.get_submodule(site.layer), site.attribute)
+        assert weight is not None
+        changes.setdefault(site.layer, {})[site.attribute] = build_delta(
+            site, site.geometry.canonical(weight.detach()), plan.config
+        )
     for name, attributes in plan.values.items():
         layer = model.get_submodule(name)
         for attribute, role in attributes.items():
@@ -128,11 +131,9 @@ def base_tensor(layer: nn.Module, attribute: str) -> Tensor | None:
     return layer._buffers.get(attribute) if found is None else found
 
 
-def _delta(layer: nn.Module, site: Site, config: LoraConfig) -> Delta:
+def build_delta(site: Site, weight: Tensor, config: LoraConfig) -> Delta:
+    """Return a fresh change of a weight seen as (out, in, *kernel)."""
     geometry, variant = site.geometry, VARIANTS[config.variant]
-    weight = base_tensor(layer, site.attribute)
-    assert weight is not None
-    weight = geometry.canonical(weight.detach())
     if not site.parts:
         return variant(geometry, weight, site.rank, site.scale, config)
     rows = {part: (a, geometry.rows(b - a)) for part, (a, b) in site.parts.items()}
@@ -181,11 +182,12 @@ def _saved(model: nn.Module, config: LoraConfig) -> dict[str, dict[str, Role]]:
     if isinstance(config.modules_to_save, str):
         return {}
     values: dict[str, dict[str, Role]] = {}
-    names = [n for n, _ in model.named_modules() if n]
-    parameters = [n for n, _ in model.named_parameters()]
+    modules = own_modules(model)
+    names = [n for n in modules if n]
+    parameters = [f"{n}.{a}".removeprefix(".") for n, m in modules.items() for a in _own(m)]
     for entry in config.modules_to_save:
         hits = [n for n in names if n == entry or n.endswith(f".{entry}")]
-        for name in _leaves(model, hits):
+        for name in _leaves(modules, hits):
             values[name] = dict.fromkeys(_own(model.get_submodule(name)), "saved")
         bare = [] if hits else [n for n in parameters if n == entry or n.endswith(f".{entry}")]
         for path in bare:
@@ -197,13 +199,8 @@ def _saved(model: nn.Module, config: LoraConfig) -> dict[str, dict[str, Role]]:
     return values
 
 
-def _leaves(model: nn.Module, owners: Iterable[str]) -> list[str]:
-    return [
-        f"{owner}.{leaf}" if leaf else owner
-        for owner in owners
-        for leaf, layer in model.get_submodule(owner).named_modules()
-        if any(p is not None for p in layer._parameters.values())
-    ]
+def _leaves(modules: dict[str, nn.Module], owners: Iterable[str]) -> list[str]:
+    return [n for owner in owners for n, m in modules.items() if f"{n}.".startswith(f"{owner}.") and _own(m)]
 
 
 def _check_norm(model: nn.Module, config: LoraConfig) -> None:

@@ -14,6 +14,7 @@ from visionlora.config import LoraConfig
 from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.io import read_adapter
 from visionlora.io.read import AdapterFile
+from visionlora.io.record import tensor_prefix
 from visionlora.overview import readable_size, summary, table
 from visionlora.targets.presets import PRESETS, family
 from visionlora.vision.backbone import create_backbone
@@ -76,7 +77,14 @@ def layers(file: AdapterFile) -> list[str]:
     rows = []
     for name, entry in file.record["plan"]["layers"].items():
         parts = f"[{','.join(entry['parts'])}]" if entry["parts"] else ""
-        rows.append((name + parts, str(entry["rank"]), f"{entry['scale']:g}", f"{_count(file, f'{name}/weight/'):,}"))
+        rows.append(
+            (
+                name + parts,
+                str(entry["rank"]),
+                f"{entry['scale']:g}",
+                f"{_count(file, tensor_prefix(name, entry['attribute'])):,}",
+            )
+        )
     return table(("layer", "rank", "scale", "parameters"), rows, right=(1, 2, 3))
 
 

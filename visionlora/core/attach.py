@@ -116,6 +116,12 @@ def own_class(layer: nn.Module) -> type[nn.Module]:
     return type(layer).__bases__[1] if isinstance(layer, Adapted) else type(layer)
 
 
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by name, without those that adapters brought along."""
+    inside = tuple(f"{name}.adapters".removeprefix(".") for name, m in model.named_modules() if isinstance(m, Adapted))
+    return {name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{i}.") for i in inside)}
+
+
 def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted]) -> None:
     """Change the layer in place: give it an adapter, inactive. Raises TypeError, nothing done, for a scripted layer."""
     if not isinstance(layer, Adapted):

@@ -138,7 +138,8 @@ def _conv_geometry(layer: nn.Module, weight: Tensor) -> Geometry | None:
             known = type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward  # type: ignore[attr-defined]
             assert len(kernel) == dims
             standardised = type(layer).__module__ == "timm.layers.std_conv"
-            return Geometry("conv", *weight.shape[:2], layer.groups, kernel, known, standardised)  # type: ignore[arg-type]
+            out, in_ = weight.shape[:2]
+            return Geometry("conv", out, in_, layer.groups, kernel, known, standardised)  # type: ignore[arg-type]
     return None
 
 

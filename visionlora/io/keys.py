@@ -6,6 +6,7 @@ from torch import Tensor
 
 from visionlora.plan import Plan
 from visionlora.targets import Site
+from visionlora.variants import VARIANTS, LowRank
 
 PEFT = "base_model.model."
 OURS = "visionlora."
@@ -19,12 +20,16 @@ _PEFT_NAMES = {
 }
 """(attribute, tensor) of adapter_state -> PEFT's ending. The one table of both directions."""
 
+_PEFT_EMBEDDING = {("weight", "A"): "lora_embedding_A", ("weight", "B"): "lora_embedding_B"}
+"""PEFT's endings of the factors of an embedding, which it keeps as bare parameters."""
+
 _ADAPTED_BIAS = "base_layer.bias"  # PEFT wraps an adapted layer, so its trained bias lies one level deeper
 
 
 def file_keys(plan: Plan, keys: list[str]) -> dict[str, str]:
     """Return {key of adapter_state: key in the file}."""
-    adapted = {site.name: site for site in plan.sites if site.attribute == "weight"}
+    low_rank = issubclass(VARIANTS[plan.config.variant], LowRank)
+    adapted = {site.name: site for site in plan.sites if low_rank and site.attribute == "weight"}
     return {key: _peft_key(plan, adapted, key) or OURS + key for key in keys}
 
 
@@ -33,7 +38,8 @@ def core_key(key: str) -> str:
     if key.startswith(OURS):
         return key.removeprefix(OURS)
     path = key.removeprefix(PEFT)
-    for (attribute, tensor), ending in (*_PEFT_NAMES.items(), (("bias", "value"), _ADAPTED_BIAS)):
+    rows = (*_PEFT_NAMES.items(), *_PEFT_EMBEDDING.items(), (("bias", "value"), _ADAPTED_BIAS))
+    for (attribute, tensor), ending in rows:
         if tensor != "value" or ending == _ADAPTED_BIAS:
             layer = path.removesuffix(f".{ending}")
             if layer != path:
@@ -58,7 +64,8 @@ def as_used(key: str, tensor: Tensor) -> Tensor:
 
 def is_peft_pair(site: Site | None) -> bool:
     """Tell whether PEFT has names for the low-rank factors of a layer: one pair for the whole weight."""
-    return site is not None and not site.parts and site.geometry.groups == 1
+    kinds = ("linear", "conv1d_hf", "embedding", "conv")
+    return site is not None and not site.parts and site.geometry.groups == 1 and site.geometry.kind in kinds
 
 
 def _peft_key(plan: Plan, adapted: dict[str, Site], key: str) -> str | None:
@@ -66,7 +73,9 @@ def _peft_key(plan: Plan, adapted: dict[str, Site], key: str) -> str | None:
     role = plan.values.get(layer, {}).get(attribute)
     if (tensor == "value" and role in (None, "norm")) or (tensor != "value" and not is_peft_pair(adapted.get(layer))):
         return None
-    ending = _PEFT_NAMES.get((attribute, tensor), attribute if tensor == "value" else None)
+    site = adapted.get(layer)
+    names = _PEFT_NAMES if site is None or site.geometry.kind != "embedding" else _PEFT_NAMES | _PEFT_EMBEDDING
+    ending = names.get((attribute, tensor), attribute if tensor == "value" else None)
     if ending is None:
         return None
     if role == "bias" and layer in adapted:

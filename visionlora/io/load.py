@@ -15,7 +15,7 @@ from visionlora.io.base import check_base
 from visionlora.io.read import AdapterFile, read_adapter
 from visionlora.io.record import plain_config
 from visionlora.merging import head_fingerprint
-from visionlora.plan import Plan, base_tensor
+from visionlora.plan import Plan, base_tensor, build_delta
 from visionlora.targets import Site, head_layers
 
 
@@ -83,7 +83,7 @@ def _wanted(model: nn.Module, file: AdapterFile, with_head: bool) -> tuple[dict[
 def _check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
     """Raise BaseMismatchError where a tensor does not fit its layer, before anything is allocated for it."""
     inside = tuple(f"{layer}.adapters." if layer else "adapters." for layer in adapted_layers(model))
-    for layer in (*(site.name for site in plan.sites), *plan.values):
+    for layer in (*(site.layer for site in plan.sites), *plan.values):
         if inside and f"{layer}.".startswith(inside):
             raise TargetError(f"{layer!r} is part of an adapter, not of {type(model).__name__}")
     for site in plan.sites:
@@ -99,20 +99,13 @@ def _check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
 
 
 def _site_shapes(site: Site, plan: Plan) -> dict[str, tuple[int, ...]]:
-    geo, r = site.geometry, site.rank
-    ones = (1,) * len(geo.kernel)
-    shapes: dict[str, tuple[int, ...]] = {}
-    outs = {f"deltas.{part}.": stop - start for part, (start, stop) in site.parts.items()} or {"": geo.out}
-    for prefix, out in outs.items():
-        shapes[f"{site.name}/weight/{prefix}A"] = (geo.groups * r, geo.in_, *geo.kernel)
-        shapes[f"{site.name}/weight/{prefix}B"] = (out, r, *ones)
-        if plan.config.variant == "dora":
-            shapes[f"{site.name}/weight/{prefix}m"] = (out,)
-    return shapes
+    """Return the shapes of a change's tensors, from the variant itself built without memory."""
+    delta = build_delta(site, torch.empty(site.geometry.shape, device="meta"), plan.config)
+    return {f"{site.layer}/{site.attribute}/{key}": tuple(t.shape) for key, t in delta.state_dict().items()}
 
 
 def _check_shape(key: str, expected: tuple[int, ...], file: AdapterFile) -> None:
-    found = tuple(file.tensors[key].shape)
+    found = tuple(file.tensors[key].shape) if key in file.tensors else "none"
     if found != expected:
         raise BaseMismatchError(
             f"{key}: this model needs the shape {expected}, the file has {found}; it is another model"

@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from visionlora.config import did_you_mean
+from visionlora.core.attach import own_class
 from visionlora.core.geometry import Geometry
 from visionlora.errors import TargetError
 
@@ -47,9 +48,9 @@ def split_rows(model: nn.Module, name: str, geo: Geometry, parts: tuple[str, ...
             raise TargetError(
                 f"{name} has the parts {', '.join(known)}, not {part!r}{did_you_mean(part, list(known), 0.1)}"
             )
-    if type(owner).__module__ not in _BLOCKED or geo.out % len(known) or geo.groups > 1:
+    if own_class(owner).__module__ not in _BLOCKED or geo.out % len(known) or geo.groups > 1:
         raise TargetError(
-            f"the rows of {name} in {type(owner).__name__} are no known blocks {', '.join(known)}; target it whole"
+            f"the rows of {name} in {own_class(owner).__name__} are no known blocks {', '.join(known)}; target it whole"
         )
     size = geo.out // len(known)
     return {part: (i * size, (i + 1) * size) for i, part in enumerate(known) if part in parts}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from visionlora.config import LoraConfig, compile_pattern, did_you_mean
-from visionlora.core.attach import own_class
+from visionlora.core.attach import own_class, own_modules
 from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
 from visionlora.core.norms import is_norm
 from visionlora.errors import TargetError
@@ -69,7 +69,7 @@ def select(model: nn.Module, config: LoraConfig) -> list[Site]:
 def layers_and_projections(model: nn.Module) -> dict[str, Geometry]:
     """Return what a keyword may take: layers with a weight, and the weights an attention keeps as bare parameters."""
     found: dict[str, Geometry] = {}
-    for name, module in model.named_modules():
+    for name, module in own_modules(model).items():
         geometry = geometry_of(module) if name else None
         if geometry is not None:
             found[name] = geometry
@@ -83,7 +83,7 @@ def _bare_parameters(model: nn.Module) -> dict[str, Geometry]:
     """Return the matrices that modules read themselves, by path: a position embedding, a stack of experts."""
     return {
         f"{name}.{attribute}" if name else attribute: geometry
-        for name, module in model.named_modules()
+        for name, module in own_modules(model).items()
         if geometry_of(module) is None and not is_norm(module)
         for attribute, geometry in _bare(module).items()
     }
@@ -140,7 +140,7 @@ def _matches(
 
 def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, where: str) -> dict[str, tuple[str, ...]]:
     model_name = own_class(model).__name__
-    others = [n for n, _ in model.named_modules() if n and (n == name or n.endswith(f".{name}"))]
+    others = [n for n in own_modules(model) if n and (n == name or n.endswith(f".{name}"))]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
         raise TargetError(
