@@ -65,6 +65,7 @@ def of_kind(variant: str, kind: str) -> nn.Module:
 @EVERY
 def test_the_sum_is_exact_whatever_the_variant(variant: str, kind: str) -> None:
     model, weights = of_kind(variant, kind), {"one": 0.7, "two": -0.4}
+    x = build(kind)[1]
     ((layer, attribute),) = seats(model, "one")
     wanted = changes(model, weights, layer, attribute)
     assert wanted.abs().max() > 1e-3, "no effect: the comparison would be empty"
@@ -74,6 +75,8 @@ def test_the_sum_is_exact_whatever_the_variant(variant: str, kind: str) -> None:
         assert_close(change(model, method, layer, attribute), wanted, rtol=1e-9, atol=1e-9)
         assert report.error < 1e-7
         assert adapter_plan(model, method).config.variant == "lora"
+    y = vl.activate(model, "concat")(x)
+    assert_close(vl.merge(model)(x), y)
 
 
 @pytest.mark.parametrize("kind", [k for v, k in CASES if v == "lora"])
@@ -382,6 +385,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown method": (["one"], {"method": "tie"}, 'did you mean "ties"'),
     "rank 0": (["one"], {"method": "svd", "rank": 0}, "at least 1"),
     "rank 2.5": (["one"], {"method": "svd", "rank": 2.5}, "whole number"),
+    "rank of ia3": (["three"], {"method": "svd"}, "has no rank"),
     "rank too large": (["one"], {"method": "svd", "rank": 999}, "more than any layer can have"),
     "rank of concat": (["one"], {"rank": 2}, 'method="svd"'),
     "density 0": (["one"], {"method": "ties", "density": 0.0}, "above 0"),
@@ -399,11 +403,12 @@ def test_bad_input_is_refused_and_changes_nothing(case: str) -> None:
     model = vit()
     put(model, "one", target_modules=["fc1"])
     put(model, "two", target_modules=["fc1"])
+    put(model, "three", target_modules=["fc1"], variant="ia3")
     before = look(model)
     with pytest.raises(VisionLoRAError, match=message):
         combine(model, adapters, **options)
     assert_same(look(model), before)
-    assert vl.adapter_names(model) == ["one", "two"]
+    assert vl.adapter_names(model) == ["one", "two", "three"]
 
 
 def test_a_weight_changed_by_low_rank_and_in_full_is_refused() -> None:

@@ -149,7 +149,7 @@ def test_a_head_whose_start_is_lost_stays_so(tmp_path: Path) -> None:
     vl.activate(model, "combined", strength=0.5)
     with pytest.raises(StateError, match="strength"):
         model(torch.randn(1, 8).double())
-    with pytest.raises(StateError, match="sum to 1"):
+    with pytest.raises(StateError, match="must sum to 1"):
         combine(model, {"one": 1.0, "two": 1.0}, name="sum")
     combine(model, ["one", "two"], name="taken", head="two")
     vl.activate(model, "taken", strength=0.5)

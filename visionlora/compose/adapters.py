@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from visionlora.adapt import adapted_layers, adapter_plan, attach_plan, check_known_name, check_new_name
 from visionlora.compose.pieces import Piece, Rows, as_tensors, blocks, each, pieces, within
-from visionlora.compose.recipe import Recipe, check_method, check_weight, make_recipe
+from visionlora.compose.recipe import Recipe, check_method, check_number, make_recipe
 from visionlora.compose.report import Combination, Layer, layer_of
 from visionlora.compose.values import Owned, merged_values
 from visionlora.config import Bias, LoraConfig, Norm
+from visionlora.core.attach import Adapted
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import ConfigError, StateError
 from visionlora.plan import Plan
 from visionlora.targets import Site
+from visionlora.variants import VARIANTS
 
 Sites = dict[str, dict[str, Site]]
 """Name of a changed weight -> adapter -> what that adapter changes there."""
@@ -55,7 +57,7 @@ def combine(
     weights = _weights(model, adapters, averages=check_method(method).averages)
     recipe = make_recipe(method, list(weights.values()), rank, density, seed)
     sites = _sites(model, weights)
-    _check_rank(sites, rank)
+    _check_rank(model, sites, recipe)
     shares = {n: weight / len(weights) for n, weight in weights.items()} if recipe.method.averages else weights
     owned = merged_values(model, shares, head=head, norm=norm)
     _check_apart(sites, owned)
@@ -73,7 +75,7 @@ def _weights(model: nn.Module, adapters: Mapping[str, float] | Sequence[str], *,
         raise ConfigError(f"an adapter is named twice in {', '.join(names)}; give it one weight")
     equal = 1.0 if averages else 1 / max(len(names), 1)
     given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, equal)
-    weights = {name: check_weight(name, given[name]) for name in names}
+    weights = {name: check_number(f"the weight of {name!r}", given[name]) for name in names}
     weights = {name: weight for name, weight in weights.items() if weight}
     if not weights:
         raise ConfigError("expected at least one adapter with a weight other than 0")
@@ -90,11 +92,17 @@ def _sites(model: nn.Module, weights: Mapping[str, float]) -> Sites:
     return dict(sorted(found.items(), key=lambda item: order[next(iter(item[1].values())).layer]))
 
 
-def _check_rank(sites: Sites, rank: int | None) -> None:
-    largest = {layer: next(iter(changes.values())).geometry.max_rank for layer, changes in sites.items()}
+def _check_rank(model: nn.Module, sites: Sites, recipe: Recipe) -> None:
+    largest = {name: next(iter(changes.values())).geometry.max_rank for name, changes in sites.items()}
     widest = max(largest, key=largest.__getitem__, default="")
-    if rank is not None and sites and rank > largest[widest]:
-        raise ConfigError(f"rank {rank} is more than any layer can have; {widest} has the most, {largest[widest]}")
+    if recipe.rank is not None and sites and recipe.rank > largest[widest]:
+        raise ConfigError(
+            f"rank {recipe.rank} is more than any layer can have; {widest} has the most, {largest[widest]}"
+        )
+    names = {name for changes in sites.values() for name in changes}
+    unranked = [v for name in sorted(names) if not VARIANTS[v := adapter_plan(model, name).config.variant].ranked]
+    if recipe.rank is None and recipe.name != "concat" and unranked:
+        raise ConfigError(f"the variant {unranked[0]} has no rank that {recipe.name} could keep to; give one: rank=8")
 
 
 def _check_apart(sites: Sites, owned: Owned) -> None:
@@ -127,7 +135,8 @@ def _merge(
 
 
 def _pieces(model: nn.Module, adapter: str, site: Site, recipe: Recipe) -> dict[Rows, Piece]:
-    layer = adapted_layers(model)[site.layer]
+    layer = model.get_submodule(site.layer)
+    assert isinstance(layer, Adapted)
     delta, base = layer.adapters[adapter][site.attribute], layer.base_tensor(site.attribute)  # type: ignore[index]
     assert isinstance(delta, Delta)
     assert base is not None

@@ -35,8 +35,8 @@ def average(values: Mapping[str, Tensor], starts: Mapping[str, Tensor | None], w
     total = fsum(weights[name] for name in values)
     if abs(total - 1) > _SUMS_TO_ONE:
         raise StateError(
-            "they were trained from different starting values, so only an average of them has a meaning: the weights "
-            f"must sum to 1, and sum to {total:g}"
+            "they were trained from different starting values, so only an average of them has a meaning: their shares "
+            f"must sum to 1, and sum to {total:g} (a share is the weight; with ties and dare_ties, weight / adapters)"
         )
     start = _sum(dict(zip(starts, known, strict=True)), weights) if len(known) == len(values) else None
     return Average(_sum(values, weights), start)

@@ -82,11 +82,11 @@ def check_method(method: str) -> Method:
     return METHODS[method]
 
 
-def check_weight(name: str, weight: object) -> float:
-    """Return a weight that is a finite number."""
-    if not _is_number(weight):
-        raise ConfigError(f"the weight of {name!r} must be a finite number, got {weight!r}")
-    return float(weight)  # type: ignore[arg-type]
+def check_number(what: str, value: object) -> float:
+    """Return a value that is a finite number."""
+    if not _is_number(value):
+        raise ConfigError(f"{what} must be a finite number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _is_number(value: object) -> bool:

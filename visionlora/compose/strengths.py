@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from visionlora.adapt import activate, active_adapters, check_known_name, deactivate
-from visionlora.compose.recipe import check_weight
+from visionlora.adapt import activate, check_known_name, disabled
+from visionlora.compose.recipe import check_number
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.overview import table
@@ -44,29 +44,21 @@ def sweep(
     """Return what `evaluate(model)` measures at every strength; 0 is the base, 1 the adapter (arXiv:2109.01903).
 
     `evaluate` returns one number, or several by name: {"target": 0.91, "source": 0.87}. It runs without gradients. The
-    model is left with the adapters active that were active before, whatever happens.
-
-    >>> import visionlora as vl
-    >>> net = vl.apply_lora(nn.Linear(4, 4), vl.LoraConfig(r=1, target_modules="all", modules_to_save="none"))
+    model is left as it was, with the adapters active that were active before, whatever happens.
     """
     check_known_name(model, name)
-    chosen = [check_weight(name, strength) for strength in strengths]
+    chosen = [check_number("a strength", strength) for strength in strengths]
     if not chosen:
         raise ConfigError("expected at least one strength")
-    before = active_adapters(model)
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     rows = []
     try:
-        for strength in chosen:
-            activate(model, name, strength)
-            with torch.no_grad():
-                measured = evaluate(model)
-            rows.append((strength, dict(measured) if isinstance(measured, Mapping) else {"metric": float(measured)}))
+        with disabled(model), torch.no_grad():
+            for strength in chosen:
+                measured = evaluate(activate(model, name, strength))
+                metrics = measured if isinstance(measured, Mapping) else {"metric": float(measured)}
+                rows.append((strength, dict(metrics)))
     finally:
-        _restore(model, before)
+        for parameter, required in grads:
+            parameter.requires_grad_(required)
     return Sweep(name, tuple(rows))
-
-
-def _restore(model: nn.Module, before: dict[str, float]) -> None:
-    deactivate(model)
-    for name, strength in before.items():
-        activate(model, name, strength)
