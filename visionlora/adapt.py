@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
-from visionlora.core.attach import Adapted, attach, detach, whole
+from visionlora.core.attach import Adapted, attach, detach, set_active, whole
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
@@ -85,17 +85,25 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
-def activate(model: nn.Module, name: str, strength: float = 1.0) -> nn.Module:
+def activate(model: nn.Module, name: str | list[str] | dict[str, float], strength: float = 1.0) -> nn.Module:
     """Change the model in place: run this adapter and no other, its whole change scaled by the strength.
 
     Strength 0 is the base, 1 the adapter, between them a mix that often keeps the target and regains the rest
     (Wortsman et al. 2022, arXiv:2109.01903). Weights, head and normalisation scale together.
+
+    Several names, or several {name: strength}, run at once: their weight changes add up. Only one of them may own a
+    head, a bias or a normalisation; give the others strength by combining them instead.
+
+    >>> net = nn.Sequential(nn.Linear(8, 8))
+    >>> for camera in ("night", "rain"):
+    ...     _ = apply_lora(net, LoraConfig(r=2, target_modules=["0"]), name=camera)
+    >>> active_adapters(activate(net, {"night": 1.0, "rain": 0.5}))
+    {'night': 1.0, 'rain': 0.5}
     """
-    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 <= strength < float("inf"):
-        raise StateError(f"strength must be a number of at least 0, got {strength!r}")
     registry = registry_of(model)
-    check_known_name(model, name)
-    _set_active(model, registry, {name: float(strength)})
+    chosen = _chosen(model, name, strength)
+    _check_owners(registry, chosen)
+    _set_active(model, registry, chosen)
     _set_grads(model, registry)
     return model
 
@@ -286,10 +294,42 @@ def _registry_or_new(model: nn.Module) -> Registry:
     return registry_of(model)
 
 
+def _chosen(model: nn.Module, names: str | list[str] | dict[str, float], strength: float) -> dict[str, float]:
+    if isinstance(names, dict):
+        if strength != 1:
+            raise StateError("give the strengths in {name: strength} or as one number beside names, not both")
+        strengths = dict(names)
+    else:
+        listed = [names] if isinstance(names, str) else list(names)
+        strengths = dict.fromkeys(listed, strength)
+        if len(strengths) != len(listed):
+            raise StateError(f"an adapter is named twice in {listed}; double its strength instead")
+    if not strengths:
+        raise StateError("no adapter named; deactivate(model) runs the base")
+    for name, value in strengths.items():
+        check_known_name(model, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise StateError(f"strength must be a number of at least 0, got {value!r}")
+    return {name: float(value) for name, value in strengths.items()}
+
+
+def _check_owners(registry: Registry, names: Iterable[str]) -> None:
+    owner: dict[tuple[str, str], str] = {}
+    for name in names:
+        for layer, attributes in registry.plans[name].values.items():
+            for attribute, role in attributes.items():
+                other = owner.setdefault((layer, attribute), name)
+                if other != name:
+                    raise StateError(
+                        f"{other} and {name} both own the {role} {f'{layer}.{attribute}'.removeprefix('.')}; activate "
+                        "one of them, combine them into one adapter, or load one with with_head=False"
+                    )
+
+
 def _set_active(model: nn.Module, registry: Registry, active: dict[str, float]) -> None:
     registry.active = active
     for layer in adapted_layers(model).values():
-        layer.active = {name: strength for name, strength in active.items() if name in layer.adapters}
+        set_active(layer, active)
 
 
 def _set_grads(model: nn.Module, registry: Registry) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.adapt import Registry, adapted_layers, registry_of
-from visionlora.core.attach import Adapted, strip
+from visionlora.core.attach import STATE, Adapted, strip
 from visionlora.errors import StateError
 from visionlora.plan import base_tensor
 from visionlora.targets import head_layers
@@ -94,7 +94,7 @@ def tensor_digest(key: str, tensor: Tensor) -> bytes:
 
 def _fold(layer: Adapted, merged: dict[str, Tensor | None]) -> Stashed:
     base = {a: t for a in merged if (t := base_tensor(layer, a)) is not None}
-    kept = {key: layer.__dict__.get(key, layer._modules.get(key)) for key in ("adapters", "active", "mixin")}
+    kept = {key: layer.__dict__.get(key, layer._modules.get(key)) for key in STATE}
     stashed = Stashed(layer, type(layer), kept, base, _sizes(layer))
     strip(layer)
     for attribute, tensor in merged.items():

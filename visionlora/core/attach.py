@@ -26,6 +26,9 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     active: dict[str, float]
+    running: dict[str, list[tuple[Change, float]]]
+    """What `active` means: attribute -> changes and strengths. torch.compile guards on what a forward pass reads:
+    lists of changes look alike whoever owns them; with names, every switch would compile anew."""
     mixin: type[Adapted]
     changed: ClassVar[frozenset[str]] = frozenset()
 
@@ -60,12 +63,7 @@ class Adapted(nn.Module):
         return base
 
     def active_changes(self, attribute: str) -> list[tuple[Change, float]]:
-        found = []
-        for name, strength in self.active.items():
-            changes = self.adapters[name]
-            if attribute in changes:  # type: ignore[operator]
-                found.append((changes[attribute], strength))  # type: ignore[index]
-        return found
+        return self.running.get(attribute, [])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class was made at run time: pickle must rebuild it from the importable classes it is made of
@@ -95,6 +93,9 @@ def whole(tensor: Tensor) -> Tensor:
     """Return a tensor sharded over processes in one piece (all of them must ask), any other as it is."""
     return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
+
+STATE = ("adapters", "active", "running", "mixin")
+"""Attributes that an adapted layer has and its own class has not."""
 
 _CLASSES: dict[tuple[type, type, frozenset[str]], type] = {}
 
@@ -127,16 +128,25 @@ def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[
     if not isinstance(layer, Adapted):
         layer.__class__ = adapted_class(mixin, type(layer), frozenset())
         assert isinstance(layer, Adapted)
-        layer.adapters, layer.active, layer.mixin = nn.ModuleDict(), {}, mixin
+        layer.adapters, layer.active, layer.running, layer.mixin = nn.ModuleDict(), {}, {}, mixin
     layer.adapters[name] = nn.ModuleDict(changes)
     layer.adapters.train(layer.training)
     _refresh_class(layer)
 
 
+def set_active(layer: Adapted, active: dict[str, float]) -> None:
+    """Change the layer in place: run these of its adapters, each at its strength; names of others are passed over."""
+    layer.active = {name: strength for name, strength in active.items() if name in layer.adapters}
+    layer.running = {}
+    for name, strength in layer.active.items():
+        for attribute, change in layer.adapters[name].items():  # type: ignore[operator]
+            layer.running.setdefault(attribute, []).append((change, strength))
+
+
 def detach(layer: Adapted, name: str) -> None:
     """Change the layer in place: take an adapter off; the last one leaves the layer as it was."""
     del layer.adapters[name]
-    layer.active.pop(name, None)
+    set_active(layer, layer.active)
     if len(layer.adapters):
         _refresh_class(layer)
         return
@@ -146,7 +156,8 @@ def detach(layer: Adapted, name: str) -> None:
 def strip(layer: Adapted) -> None:
     """Change the layer in place: give it its own class and drop its adapters."""
     own = own_class(layer)
-    del layer.adapters, layer.active, layer.mixin
+    for key in STATE:
+        delattr(layer, key)
     layer.__class__ = own  # type: ignore[assignment]
 
 
