@@ -67,7 +67,7 @@ def as_tensors(factors: Factors, geometry: Geometry) -> dict[str, Tensor]:
 
 def _piece(delta: Delta, site: Site, rows: Rows, base: Tensor) -> Piece:
     geo = delta.geometry
-    if isinstance(delta, (LoRA, FA)):
+    if isinstance(delta, (LoRA, FA)) and delta.state_dict().keys() == {"A", "B"}:  # and no start that is taken off
         A = wide(delta.A).reshape(geo.groups, delta.rank, -1)
         return Factors(delta.scale * wide(delta.B).reshape(geo.groups, -1, delta.rank), A)
     if not materialisable(base):
