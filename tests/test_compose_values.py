@@ -274,6 +274,22 @@ def test_sweep_takes_one_number_and_prefers_the_smaller_of_equal_strengths() -> 
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_combination_equals_the_adapters_run_at_once_and_a_sweep_puts_them_back() -> None:
+    model = net()
+    for name, variant in (("one", "lora"), ("two", "dora")):
+        config = vl.LoraConfig(r=2, target_modules=["hidden", "mix"], variant=variant, modules_to_save="none")
+        vl.apply_lora(model, config, name=name)
+        stir(model, name)
+    weights = {"one": 0.7, "two": 0.3}
+    combine(model, weights)
+    at_once = score(vl.activate(model, weights))
+    before = look(model)
+    found = sweep(model, "combined", [1], score)
+    assert found.rows[0][1] == pytest.approx(at_once)
+    assert vl.active_adapters(model) == weights
+    assert_same(look(model), before)
+
+
 def broken(model: nn.Module) -> float:
     raise OSError("no images")
 
