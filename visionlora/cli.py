@@ -43,6 +43,9 @@ VERBS = {
     "merge": Verb(
         "fold an adapter into its base: a plain timm checkpoint", "visionlora.commands.merge", arguments.merge
     ),
+    "convert": Verb(
+        "take an adapter to or from PEFT, kohya, LyCORIS, loralib", "visionlora.commands.convert", arguments.convert
+    ),
     "combine": Verb("make one adapter of several", "visionlora.commands.combine", arguments.combine),
     "doctor": Verb("check a data set before training", "visionlora.commands.doctor", arguments.doctor),
     "scenes": Verb(

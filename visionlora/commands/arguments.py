@@ -63,6 +63,30 @@ def merge(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
+def convert(parser: Parser) -> None:
+    """Declare the flags of convert."""
+    parser.add_argument("source", help="directory of an adapter of ours or of PEFT, or a .safetensors or .pt file")
+    parser.add_argument("out", help="what to write: a directory, for kohya OUT.safetensors")
+    parser.add_argument("--to", required=True, choices=("visionlora", "peft", "kohya"), help="format of OUT")
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        default="auto",
+        choices=("auto", "visionlora", "peft", "kohya", "loralib"),
+        help="format of SOURCE; kohya is LyCORIS too (default: %(default)s, told by its content)",
+    )
+    parser.add_argument("--model", help="timm name of the base; adapters of ours record it")
+    parser.add_argument("--num_classes", type=int, help="classes of its head (default: those of its weights)")
+    parser.add_argument("--img_size", type=int, help="size of its input, where it is not timm's default")
+    parser.add_argument("--checkpoint", help="weights of the base, where they are not at their public address")
+    parser.add_argument("--approximate", type=int, metavar="RANK", help="keep the nearest factors where none are exact")
+    parser.add_argument("--alpha", type=float, help="lora_alpha of a loralib file, which lacks it")
+    parser.add_argument("--parts", help="parts of fused layers that a loralib file changes: q,v")
+    parser.add_argument("--prefix", help="before the layer names of a kohya file: lora_unet (default: lycoris or any)")
+    parser.add_argument("--name", default="default", help="name of the adapter (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace what OUT holds")
+
+
 def combine(parser: Parser) -> None:
     """Declare the flags of combine."""
     parser.add_argument("adapters", nargs="+", help="directories of saved adapters of one base")

@@ -22,7 +22,10 @@ _IGNORED = frozenset({
     # no effect on the sum of base and adapter
     *("fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
 })  # fmt: skip
-_STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+_STARTS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+MUTATED_STARTS = ("pissa", "olora")
+"""Starts that take part of the base into the adapter, in a way that the base alone tells again."""
+
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
 _ESCAPED = frozenset(".-_")
 
@@ -58,11 +61,7 @@ def _check_fields(config: dict[str, Any]) -> None:
             )
     if config.get("peft_type") != "LORA":
         raise wrong("peft_type", "LORA", config.get("peft_type"))
-    if config.get("init_lora_weights", True) not in _STARTS_THAT_KEEP_THE_BASE:
-        raise AdapterFileError(
-            f"init_lora_weights: {short(config['init_lora_weights'])} changes the base weights too, which this file "
-            "does not hold; convert it in PEFT (path_initial_model_for_weight_conversion)"
-        )
+    _check_start(config)
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config.get(field, False), bool):
             raise wrong(field, "true or false", config[field])
@@ -75,6 +74,17 @@ def _check_fields(config: dict[str, Any]) -> None:
     dropout = config.get("lora_dropout", 0.0)
     if not is_finite(dropout) or not 0 <= dropout < 1:
         raise wrong("lora_dropout", "a number in [0, 1)", dropout)
+
+
+def _check_start(config: dict[str, Any]) -> None:
+    start = config.get("init_lora_weights", True)
+    if start not in _STARTS_THAT_KEEP_THE_BASE:
+        cure = "convert it in PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        if start in MUTATED_STARTS:
+            cure = "convert it for its base: visionlora convert FOLDER OUT --to visionlora --model NAME"
+        raise AdapterFileError(
+            f"init_lora_weights: {short(start)} changes the base weights too, which this file does not hold; {cure}"
+        )
 
 
 def _check_rank(field: str, rank: object) -> None:

@@ -1,0 +1,215 @@
+"""`visionlora convert`: an adapter from the files of one library to those of another."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from visionlora.adapt import activate, adapter_names, adapter_plan, remove
+from visionlora.atomic import atomic_path
+from visionlora.config import check_adapter_name
+from visionlora.errors import ConfigError, StateError
+from visionlora.io import load_adapter, save_adapter
+from visionlora.io.formats import (
+    Format,
+    Imported,
+    detect,
+    difference,
+    lycoris_tensors,
+    peft_tensors,
+    put_on,
+    read_loralib,
+    read_lycoris,
+    read_peft,
+)
+from visionlora.io.formats.factors import Factors
+from visionlora.io.read import MIRROR, PEFT_CONFIG, WEIGHTS
+from visionlora.overview import readable_size, table
+from visionlora.vision.backbone import create_backbone, data_config
+from visionlora.vision.loading import load_model
+
+TOLERANCE = 1e-5
+"""Largest accepted difference of a layer's change where nothing was approximated, relative to the change."""
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Write OUT and tell what it holds, and how far it is from SOURCE."""
+    source, out = Path(options.source), Path(options.out)
+    found: Format = detect(source) if options.from_ == "auto" else options.from_
+    _check_options(options, found, out)
+    model, imported, decomposed = opened(source, found, options)
+    name = adapter_names(model)[0]
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=_parent(out)) as temporary:
+        written = Path(temporary) / out.name
+        decomposed |= write(model, name, written, options)
+        lost, shares = difference(model, name, _read_back(model, written, options), name)
+        _check_equal(shares, decomposed, out)
+        size = _place(written, out)
+    lines = [f"notice: {note}" for note in (imported.notes if imported else ())]
+    print("\n".join([*lines, *_report(decomposed, shares), _summary(model, name, found, options.to)]))
+    print(f"{out}: {readable_size(size)}, the change of the weights equal to {lost:.1e}")
+    return 0
+
+
+def opened(
+    source: Path, found: Format, options: argparse.Namespace
+) -> tuple[nn.Module, Imported | None, dict[str, Factors]]:
+    """Return the base with the adapter of SOURCE on it, what was read, and what had to be decomposed for it."""
+    if found == "visionlora" and options.model is None:
+        return load_model(source, checkpoint=options.checkpoint), None, {}
+    if options.model is None:
+        raise ConfigError(f"{source} ({found}) does not say for which model it is: name it with --model NAME")
+    args = {} if options.img_size is None else {"img_size": options.img_size}
+    net = create_backbone(
+        options.model, checkpoint=options.checkpoint, num_classes=options.num_classes, model_args=args
+    ).eval()
+    if found == "visionlora":
+        activate(net, load_adapter(net, source))
+        return net, None, {}
+    imported = read(net, source, found, options)
+    decomposed = put_on(net, imported, name=check_adapter_name(options.name), rank=_rank(options))
+    # an adapter read from elsewhere changes BatchNorm only where the file says so: it is held still otherwise
+    return net.eval(), imported, decomposed
+
+
+def read(model: nn.Module, source: Path, found: Format, options: argparse.Namespace) -> Imported:
+    """Return the adapter of another library's file."""
+    if found == "peft":
+        return read_peft(model, source)
+    if found == "kohya":
+        return read_lycoris(model, source, prefix=options.prefix)
+    if options.alpha is None:
+        raise ConfigError(f"{source}: loralib's files lack lora_alpha, and with it the strength; give it with --alpha")
+    parts = tuple(part for part in (options.parts or "").replace(" ", "").split(",") if part)
+    return read_loralib(model, source, alpha=options.alpha, parts=parts)
+
+
+def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -> dict[str, Factors]:
+    """Write a file or a folder that does not exist yet; return the layers that it holds otherwise than the model."""
+    if options.to == "visionlora":
+        save_adapter(model, out, name=name, data=_input(model))
+        return {}
+    if options.to == "kohya":
+        content = lycoris_tensors(model, name, prefix=options.prefix or "lycoris", rank=_rank(options))
+        save_file(content.tensors, out)
+        return content.decomposed
+    content = peft_tensors(model, name, base_name=options.model or _base_name(model), rank=_rank(options))
+    out.mkdir()
+    (out / PEFT_CONFIG).write_text(json.dumps(content.config, indent=2) + "\n")
+    save_file(content.tensors, out / WEIGHTS, {"format": "pt"})
+    return content.decomposed
+
+
+def _check_options(options: argparse.Namespace, found: Format, out: Path) -> None:
+    if found == options.to:
+        raise ConfigError(f"{options.source} is in the format {found} already")
+    if options.approximate is not None and options.approximate < 1:
+        raise ConfigError(f"--approximate must be a rank of at least 1, got {options.approximate}")
+    if options.alpha is not None and not 0 < options.alpha < float("inf"):
+        raise ConfigError(f"--alpha must be a number above 0, got {options.alpha:g}")
+    is_file = options.to == "kohya"
+    if is_file and out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: expected a name that ends in .safetensors")
+    if not is_file and out.is_file():
+        raise ConfigError(f"{out} is a file, expected a folder to write to")
+    if out.exists() and not (options.force or (out.is_dir() and not any(out.iterdir()))):
+        raise ConfigError(f"{out} exists; choose another name or pass --force to replace what it holds")
+    if options.to == "peft" and (out / MIRROR).exists():
+        raise ConfigError(f"{out} holds one of our adapters; choose another folder")
+
+
+def _read_back(model: nn.Module, written: Path, options: argparse.Namespace) -> nn.Module:
+    """Return the base with the written adapter on it, read as anyone would read it."""
+    name, base = adapter_names(model)[0], remove(copy.deepcopy(model))
+    if options.to == "visionlora":
+        load_adapter(base, written, name=name)
+    elif options.to == "kohya":
+        put_on(base, read_lycoris(base, written, prefix=options.prefix or "lycoris"), name=name)
+    else:
+        put_on(base, read_peft(base, written), name=name)
+    return base
+
+
+def _check_equal(shares: Mapping[str, float], decomposed: Mapping[str, Factors], out: Path) -> None:
+    for layer, share in shares.items():
+        if layer not in decomposed and not share <= TOLERANCE:
+            raise StateError(
+                f"{layer}: what was written changes the layer otherwise, by {share:.1e} of its change "
+                f"({TOLERANCE:g} is allowed); {out} was not written"
+            )
+
+
+def _place(written: Path, out: Path) -> int:
+    """Give a complete file or folder its name; return its size in bytes."""
+    files = [written] if written.is_file() else sorted(written.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    if written.is_dir() and not out.exists():
+        written.rename(out)
+        return size
+    if written.is_file():
+        _copied(written, out)
+        return size
+    (out / PEFT_CONFIG).unlink(missing_ok=True)  # a kill in between must not leave an old alpha beside new weights
+    for path in sorted(files, key=lambda p: p.name == PEFT_CONFIG):
+        _copied(path, out / path.name)
+    return size
+
+
+def _copied(path: Path, out: Path) -> None:
+    with atomic_path(out, need=path.stat().st_size) as temporary:
+        shutil.copyfile(path, temporary)
+
+
+def _report(decomposed: Mapping[str, Factors], shares: Mapping[str, float]) -> list[str]:
+    """Return a line for every layer that lost something, one for those that were only written otherwise."""
+    rows = [
+        (layer, str(factors.rank), f"{shares.get(layer, 0.0):.1%}")
+        for layer, factors in decomposed.items()
+        if shares.get(layer, 0.0) > TOLERANCE
+    ]
+    same = [factors.rank for layer, factors in decomposed.items() if shares.get(layer, 0.0) <= TOLERANCE]
+    lines = table(("layer", "rank", "lost"), rows, right=(1, 2)) if rows else []
+    return lines + ([f"{len(same)} layers written as low-rank factors of rank {_span(same)}, equal"] if same else [])
+
+
+def _summary(model: nn.Module, name: str, found: str, to: str) -> str:
+    plan = adapter_plan(model, name)
+    ranks = f"{plan.config.variant}, rank {_span(site.rank for site in plan.sites)}" if plan.sites else "no low rank"
+    return f"{found} to {to}: {len(plan.sites)} layers ({ranks})" + (
+        f", {len(plan.values)} in full" if plan.values else ""
+    )
+
+
+def _span(ranks: Iterable[int]) -> str:
+    known = sorted(ranks)
+    return str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
+
+
+def _input(model: nn.Module) -> dict[str, object]:
+    config = data_config(model)
+    own = model._modules.get("patch_embed")
+    size = getattr(own, "img_size", None)
+    return config if size is None else {**config, "input_size": [config["input_size"][0], *size]}
+
+
+def _base_name(model: nn.Module) -> str | None:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture")
+
+
+def _rank(options: argparse.Namespace) -> int | None:
+    rank: int | None = options.approximate
+    return rank
+
+
+def _parent(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent

@@ -1,0 +1,109 @@
+"""Write an adapter with the tensor names of kohya's tools and of LyCORIS."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.adapt import adapter_plan
+from visionlora.core.delta import Delta
+from visionlora.core.geometry import Geometry
+from visionlora.io.formats.factors import Factors, decompose, dense_change, factors_of, is_smaller
+from visionlora.io.formats.names import Layers
+from visionlora.io.formats.written import Written, deltas, number, refuse, values
+from visionlora.variants.loha import LoHa
+from visionlora.variants.lokr import LoKr
+from visionlora.variants.tucker import Tucker
+
+PREFIX = "lycoris"
+"""What LyCORIS's own wrapper puts before the names of any model's layers."""
+
+_KINDS = ("linear", "conv1d_hf", "conv")
+_LEAVES = (
+    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), {"weight": "diff", "bias": "diff_b"}),
+    ((nn.LayerNorm, nn.GroupNorm), {"weight": "w_norm", "bias": "b_norm"}),
+)
+
+
+def lycoris_tensors(model: nn.Module, name: str, *, prefix: str = PREFIX, rank: int | None = None) -> Written:
+    """Return the content of a file for an adapter of a model.
+
+    A change that has no names there is written as LoRA where low-rank factors hold it, else in full (`diff`), or with
+    `rank` as the nearest factors of at most that rank. Raises ConfigError for what cannot be written at all.
+    """
+    names, tensors = Layers(model, prefix), {}  # type: Layers, dict[str, Tensor]
+    decomposed: dict[str, Factors] = {}
+    refuse("a LyCORIS file", _reasons(model, name))
+    for site, delta, weight in deltas(model, name):
+        own = _own_names(delta)
+        if own is None:
+            factors = _factors(delta, weight, rank)
+            decomposed |= {site.name: factors} if factors is not None and factors.norm else {}
+            own = {"diff": _full(delta, weight)} if factors is None else _lora(delta.geometry, factors)
+        tensors |= {f"{names.write(site.name)}.{leaf}": t for leaf, t in own.items()}
+    for layer, attribute, value, base in values(model, name):
+        leaf = _leaf(model.get_submodule(layer), attribute)
+        tensors[f"{names.write(layer)}.{leaf}"] = (value.double() - base.double()).to(value.dtype)
+    return Written({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, decomposed=decomposed)
+
+
+def _reasons(model: nn.Module, name: str) -> list[str]:
+    sites = adapter_plan(model, name).sites
+    adapted = {site.name for site in sites}
+    reasons = [f"{s.name} is no Linear and no convolution" for s in sites if s.geometry.kind not in _KINDS]
+    for layer, attribute, value, base in values(model, name):
+        module = model.get_submodule(layer)
+        if _leaf(module, attribute) is None:
+            reasons.append(f"the {attribute} of {layer or 'the model'} has no name in it")
+        elif layer in adapted or not _owns_weight(model, name, layer):
+            reasons.append(f"the bias of {layer} has no place in it without the whole weight")
+        elif value.shape != base.shape:
+            reasons.append(f"{layer} has the shape {tuple(value.shape)}, in the base {tuple(base.shape)}")
+    return reasons
+
+
+def _leaf(module: nn.Module, attribute: str) -> str | None:
+    return next((leaves.get(attribute) for kinds, leaves in _LEAVES if isinstance(module, kinds)), None)
+
+
+def _owns_weight(model: nn.Module, name: str, layer: str) -> bool:
+    return "weight" in adapter_plan(model, name).values.get(layer, {})
+
+
+def _own_names(delta: Delta) -> dict[str, Tensor] | None:
+    """Return the tensors of a change that LyCORIS has names for, or None."""
+    if isinstance(delta, LoHa):
+        factors = {f"hada_{leaf}": getattr(delta, leaf) for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")}
+        return {**factors, "alpha": number(delta.scale * delta.rank)}
+    if isinstance(delta, LoKr):
+        if delta.w2 is not None:  # without low-rank factors LyCORIS takes the scale to be 1
+            return {"lokr_w1": delta.scale * delta.w1, "lokr_w2": delta.w2, "alpha": number(1.0)}
+        low_rank = {"lokr_w2_a": delta.w2_a, "lokr_w2_b": delta.w2_b}
+        return {"lokr_w1": delta.w1, **low_rank, "alpha": number(delta.scale * delta.rank)}
+    if isinstance(delta, Tucker) and delta.geometry.groups == 1:
+        factors = {"lora_down.weight": delta.A, "lora_mid.weight": delta.M, "lora_up.weight": delta.B}
+        return {**factors, "alpha": number(delta.scale * delta.rank)}
+    return None
+
+
+def _factors(delta: Delta, weight: Tensor, rank: int | None) -> Factors | None:
+    """Return the change in factors, or None where they would be larger than the weight and no rank is given."""
+    factors = factors_of(delta, weight)
+    if not factors.norm or is_smaller(delta.geometry, factors):
+        return factors
+    return None if rank is None else decompose(delta.geometry, dense_change(delta, weight), rank)
+
+
+def _full(delta: Delta, weight: Tensor) -> Tensor:
+    return delta.geometry.stored(dense_change(delta, weight)).float()
+
+
+def _lora(geo: Geometry, factors: Factors) -> dict[str, Tensor]:
+    B, r, groups = factors.B, factors.rank, geo.groups
+    if groups > 1:
+        # these files share one pair between the groups: each group gets columns of its own, zero in the others
+        up = B.new_zeros(groups, geo.out // groups, groups, r)
+        up[torch.arange(groups), :, torch.arange(groups)] = B.view(groups, -1, r)
+        B = up.view(geo.out, groups * r, *[1] * len(geo.kernel))
+    own = {"lora_down.weight": factors.A, "lora_up.weight": B, "alpha": number(factors.scale * B.shape[1])}
+    return own if factors.m is None else {**own, "dora_scale": factors.m.view(-1, *[1] * (B.ndim - 1))}
