@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import io_toy
 import pytest
 import torch
-from io_toy import adapted, images, resnext, timm_model
+from io_toy import images, resnext, timm_model
 from torch import Tensor, nn
 
 import visionlora as vl
@@ -16,6 +17,11 @@ from visionlora.io import load_adapter, read_adapter, save_adapter
 from visionlora.io.read import MIRROR, PEFT_CONFIG, WEIGHTS
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT calls transformers'
+
+
+def adapted(model: nn.Module, **config: Any) -> nn.Module:
+    return io_toy.adapted(model, **{"norm": "frozen", **config})
 
 
 def vit(seed: int = 0) -> nn.Module:
@@ -93,7 +99,7 @@ class Twice(nn.Module):
 
 def test_a_name_that_is_another_ones_ending_is_written_as_a_regex(tmp_path: Path) -> None:
     model = Twice()
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules="conv1"))
+    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules="conv1", norm="frozen"))
     nn.init.ones_(model.conv1.adapters["default"]["weight"].B)
     y = logits(model)
     save_adapter(model, tmp_path)
@@ -109,6 +115,7 @@ def test_a_name_that_is_another_ones_ending_is_written_as_a_regex(tmp_path: Path
     [
         (vit, {"target_modules": ["attn.qkv[q,v]"]}, "parts q, v"),
         (resnet, {"norm": "stats"}, "norm"),
+        (resnet, {"norm": "affine"}, "running_mean"),
         (resnext, {"target_modules": "all-conv"}, "groups"),
         (lambda: timm_model("test_nfnet"), {"target_modules": "all-conv"}, "ScaledStdConv2d"),
         (vit, {"target_modules": "none"}, "low rank"),
@@ -177,3 +184,76 @@ def test_a_half_precision_peft_adapter_is_read_in_float32(tmp_path: Path) -> Non
     }
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     assert {tensor.dtype for tensor in read_adapter(tmp_path).tensors.values()} == {torch.float32}
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
+    config = transformers.BertConfig(**sizes, intermediate_size=48, max_position_embeddings=16)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def t5() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def text_logits(model: nn.Module) -> Tensor:
+    ids = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if "T5" in str(model) else {"input_ids": ids}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+TEXT: dict[Any, tuple[list[str], list[str] | None]] = {
+    gpt2: (["c_attn", "c_fc", "mlp.c_proj"], None),
+    bert: (["query", "value", "output.dense"], ["classifier"]),
+    t5: (["q", "v", "wi", "wo"], None),
+}
+
+
+@pytest.mark.parametrize("plan", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("make", TEXT)
+def test_we_compute_what_peft_trained_on_text(make: Any, plan: str, tmp_path: Path) -> None:
+    targets, saved = TEXT[make]
+    extra = {"fan_in_fan_out": True} if make is gpt2 else {}
+    config = peft.LoraConfig(**PEFT_PLANS[plan], target_modules=targets, modules_to_save=saved, **extra)
+    y = trained_by_peft(make(), config, tmp_path)
+    fresh = make()
+    assert (y - text_logits(fresh)).abs().max() > 1e-3
+    load_adapter(fresh, tmp_path)
+    assert torch.allclose(text_logits(fresh), y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("make", TEXT)
+def test_peft_computes_text_that_we_saved(make: Any, variant: Any, tmp_path: Path) -> None:
+    model = adapted(make(), target_modules=TEXT[make][0], variant=variant)
+    y = text_logits(model)
+    save_adapter(model, tmp_path)
+    assert (y - text_logits(make())).abs().max() > 1e-3
+    read = peft.PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.allclose(text_logits(read), y, atol=1e-5, rtol=1e-5)
+
+
+def trained_by_peft(model: nn.Module, config: Any, folder: Path) -> Tensor:
+    """Save an adapter of PEFT whose every tensor differs from its start; return the logits with it."""
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.rand(parameter.shape, generator=generator))
+    y = text_logits(wrapped)
+    wrapped.save_pretrained(folder)
+    return y

@@ -13,6 +13,7 @@ from torch import nn
 from visionlora.adapt import adapted_layers
 from visionlora.config import LoraConfig
 from visionlora.core.attach import Adapted, Branched, own_class
+from visionlora.io.keys import PEFT, file_keys
 from visionlora.plan import Plan
 from visionlora.targets import Site
 
@@ -23,9 +24,9 @@ _PADS_ITSELF = ("timm.layers.conv2d_same", "Conv2dSame")  # PEFT builds its lora
 def peft_config(model: nn.Module, plan: Plan, base_name: str | None) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the config with which PEFT computes the same outputs in eval mode, or None and the reasons."""
     names = own_names(model)
-    sites = [reason for site in plan.sites if (reason := _layout_reason(site) or layer_reason(model, site))]
+    sites = [reason for site in plan.sites if (reason := _layout_reason(plan, site) or layer_reason(model, site))]
     saved = _saved(plan)
-    reasons = [*_plan_reasons(plan), *sites, *_saved_reasons(model, saved, names)]
+    reasons = [*_plan_reasons(plan), *sites, *_saved_reasons(model, plan, saved, names)]
     if reasons:
         return None, reasons
     ranks = {site.name: (site.rank, site.scale) for site in plan.sites}
@@ -81,14 +82,14 @@ def own_names(model: nn.Module) -> list[str]:
     return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
 
 
-def _layout_reason(site: Site) -> str | None:
+def _layout_reason(plan: Plan, site: Site) -> str | None:
     """Return why the tensors as they are stored are not those that PEFT would read."""
     convert = "`visionlora convert --to peft` writes it so"
     if site.parts:
         return f"{site.name}: only the parts {', '.join(site.parts)} change, PEFT changes a layer as a whole; {convert}"
     if site.geometry.groups > 1:
         return f"{site.name}: PEFT stores the pairs of {site.geometry.groups} groups otherwise; {convert}"
-    if site.geometry.kind == "embedding":
+    if site.geometry.kind == "embedding" and not _name(plan, f"{site.name}/weight/A").endswith("lora_embedding_A"):
         return f"{site.name}: PEFT has other names for the factors of an embedding; {convert}"
     return None
 
@@ -97,28 +98,40 @@ def _plan_reasons(plan: Plan) -> list[str]:
     reasons = []
     if not plan.sites:
         reasons.append("it changes no layer by low rank, and PEFT needs one")
-    if plan.config.norm != "frozen":
+    if plan.config.norm not in ("frozen", "affine"):
         reasons.append(f'norm="{plan.config.norm}": PEFT has no normalisation policy')
     if plan.config.variant not in _VARIANTS:
         reasons.append(f"its variant is {plan.config.variant}, not LoRA or DoRA; `visionlora convert --to peft` helps")
     return reasons
 
 
-def _saved_reasons(model: nn.Module, saved: list[str], names: list[str]) -> list[str]:
-    reasons = []
+def _saved_reasons(model: nn.Module, plan: Plan, saved: list[str], names: list[str]) -> list[str]:
+    reasons, convert = [], "`visionlora convert --to peft` writes them too"
     for name in saved:
-        others = [n for n in names if n.endswith(name) and n != name]
+        others = [n for n in names if n.endswith(name) and n not in saved and _state(model, n)]
+        lacking = _state(model, name) - plan.values[name].keys() if name else set()
         if not name:
             reasons.append("the model's own parameters are trained in full, PEFT only saves modules inside it")
         elif others:
             reasons.append(f"{name}: PEFT would train {others[0]} in full as well, whose name ends alike")
-        elif model.get_submodule(name)._buffers:
-            reasons.append(f"{name}: trained in full without its buffers, PEFT saves them too")
+        elif lacking:
+            reasons.append(f"{name}: PEFT saves a module whole, {', '.join(sorted(lacking))} included; {convert}")
+        elif not all(_name(plan, f"{name}/{a}/value").startswith(PEFT) for a in plan.values[name]):
+            reasons.append(f"{name}: a normalisation layer, which PEFT knows under another name; {convert}")
     return reasons
 
 
 def _saved(plan: Plan) -> list[str]:
-    return [name for name, roles in plan.values.items() if {"head", "saved"} & set(roles.values())]
+    return [name for name, roles in plan.values.items() if set(roles.values()) != {"bias"}]
+
+
+def _state(model: nn.Module, name: str) -> set[str]:
+    """Return the names of what a module stores, without its adapters."""
+    return {key for key in model.get_submodule(name).state_dict() if not key.startswith("adapters.")}
+
+
+def _name(plan: Plan, key: str) -> str:
+    return file_keys(plan, [key])[key]
 
 
 def _targets(chosen: list[str], names: list[str]) -> list[str] | str:
