@@ -29,7 +29,7 @@ def main(name: str, images: str, out: str) -> None:
     devices = 1 if name == "one" else 2
     pl.seed_everything(0, verbose=False)
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=2)
-    config = LoraConfig(r=4, norm="affine")
+    config = LoraConfig(r=4, norm="stats-affine")
     module = ImageClassifier.from_model(net, num_classes=2, lora=config, lr=1e-2, warmup=0.0)
     data = ImageFolderData(
         images, image_size=32, batch_size=8 // devices, augment="none", num_workers=0, val_fraction=0.0, seed=3

@@ -54,11 +54,11 @@ def timm_model(name: str, seed: int = 0, **args: Any) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "net": (net, {"target_modules": ["hidden", "stem"], "norm": "affine"}),
+    "net": (net, {"target_modules": ["hidden", "stem"], "norm": "stats-affine"}),
     "vit": (lambda: timm_model("test_vit", img_size=64), {}),
     "vit parts": (lambda: timm_model("test_vit", img_size=64), {"target_modules": ["attn.qkv[q,v]"]}),
     "resnet stats": (lambda: timm_model("test_resnet"), {"norm": "stats"}),
-    "resnext": (resnext, {"target_modules": "all-conv", "norm": "affine", "bias": "all"}),
+    "resnext": (resnext, {"target_modules": "all-conv", "norm": "stats-affine", "bias": "all"}),
     "same padding": (lambda: timm_model("test_efficientnet", pad_type="same"), {"target_modules": "all-conv"}),
     "standardised": (lambda: timm_model("test_nfnet"), {"target_modules": "all-conv", "bias": "lora_only"}),
 }

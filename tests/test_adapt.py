@@ -82,7 +82,7 @@ def test_removing_restores_which_parameters_were_trainable() -> None:
 @torch.no_grad()
 def test_strength_moves_weights_head_and_statistics_together(x: Tensor) -> None:
     model = timm.create_model("resnet10t", num_classes=4, zero_init_last=False).eval()
-    vl.apply_lora(model, vl.LoraConfig(r=2, norm="affine"))
+    vl.apply_lora(model, vl.LoraConfig(r=2, norm="stats-affine"))
     stir(model, "default")
     vl.estimate_statistics(model, [1 + torch.randn(4, 3, 32, 32)], model)
     full, base = vl.merge(copy.deepcopy(model)), vl.remove(copy.deepcopy(model))
@@ -163,7 +163,7 @@ def test_biases_can_be_trained(x: Tensor, bias: str, layers: set[str] | None) ->
 def test_an_adapter_can_be_taken_from_one_model_and_put_on_another(x: Tensor) -> None:
     a, b = vit(), vit()
     b.load_state_dict(a.state_dict())
-    vl.apply_lora(a, vl.LoraConfig(r=3, bias="lora_only", norm="affine", variant="dora"))
+    vl.apply_lora(a, vl.LoraConfig(r=3, bias="lora_only", norm="stats-affine", variant="dora"))
     stir(a, "default")
     record = adapter_plan(a, "default").to_record()
     attach_plan(b, Plan.from_record(b, record), adapter_state(a, "default"), name="copy")

@@ -189,7 +189,7 @@ def adapter(tmp_path: Path) -> tuple[Path, Path]:
     """Return the directory of an adapter with an effect, and the checkpoint of its base."""
     model = timm.create_model("test_resnet", num_classes=3)
     save_file(model.state_dict(), tmp_path / "base.safetensors")
-    apply_lora(model, LoraConfig(r=2, norm="affine"), name="night")
+    apply_lora(model, LoraConfig(r=2, norm="stats-affine"), name="night")
     for group in adapter_parameters(model, "night").values():
         for parameter in group.values():
             nn.init.normal_(parameter, std=0.3)

@@ -346,7 +346,7 @@ def test_strength_scales_the_new_adapter_as_a_whole() -> None:
 def test_the_new_adapter_saves_loads_merges_and_trains(tmp_path: Any) -> None:
     model = vit(torch.float32)
     put(model, "one", target_modules=["attn.qkv[q,v]", "fc1"], bias="lora_only")
-    put(model, "two", variant="loha", norm="affine")
+    put(model, "two", variant="loha", norm="stats-affine")
     combine(model, {"one": 0.7, "two": 0.3})
     vl.activate(model, "combined")
     y = model(images())

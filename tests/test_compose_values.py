@@ -76,7 +76,7 @@ def test_an_adapter_without_a_tensor_of_its_own_counts_as_the_base() -> None:
 @pytest.mark.parametrize("what", ["head", "norm"])
 @pytest.mark.parametrize("choice", ["first", "two", "base"])
 def test_head_and_norm_can_be_taken_over_or_left_away(what: str, choice: str) -> None:
-    model = pair(net(), norm="affine")
+    model = pair(net(), norm="stats-affine")
     combine(model, {"one": 0.5, "two": 0.5}, **{what: choice})
     keys = {"head": ("fc/weight/value", "fc/bias/value"), "norm": ("bn/weight/value", "bn/running_var/value")}
     state = adapter_state(model, "combined")
@@ -324,7 +324,7 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 
 def test_a_backbone_with_batch_norm_combines_whole() -> None:
     model = timm_model("test_resnet").double()
-    for name, norm in (("one", "stats"), ("two", "affine")):
+    for name, norm in (("one", "stats"), ("two", "stats-affine")):
         vl.apply_lora(model, vl.LoraConfig(r=2, norm=norm), name=name)
         stir(model, name)
     report = combine(model, {"one": 0.6, "two": 0.4}, method="svd", rank=3)

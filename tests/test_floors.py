@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"targets"},
     {"plan"},
     {"adapt"},
-    {"merging", "overview"},
+    {"merging", "overview", "eva"},
     {"io", "data", "compose"},
     {"training", "vision"},
     {"report"},
@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "overview"}
+LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "overview", "eva"}
 
 
 def dotted(path: Path) -> str:

@@ -54,14 +54,14 @@ def refused(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("key", [A, "base_model.model.fc.bias", "visionlora.bn/running_var/value"])
 def test_non_finite_values_are_refused(key: str, value: float, tmp_path: Path) -> None:
-    set_value(saved(tmp_path, norm="affine"), key, value)
+    set_value(saved(tmp_path, norm="stats-affine"), key, value)
     refused(tmp_path, WEIGHTS, key, "1 of", "NaN", "allow_nonfinite=True")
     assert len(read_adapter(tmp_path, allow_nonfinite=True).tensors) > 4
 
 
 @pytest.mark.parametrize("share", ["one", "half", "all"])
 def test_missing_tensors_are_listed(share: str, tmp_path: Path) -> None:
-    tensors = load_file(saved(tmp_path, norm="affine", bias="all") / WEIGHTS)
+    tensors = load_file(saved(tmp_path, norm="stats-affine", bias="all") / WEIGHTS)
     keys = sorted(tensors)[: {"one": 1, "half": len(tensors) // 2, "all": len(tensors)}[share]]
     with_record = take_apart(tmp_path)[0]["__metadata__"]
     save_file({key: t for key, t in tensors.items() if key not in keys}, tmp_path / WEIGHTS, with_record)

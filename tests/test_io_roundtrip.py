@@ -42,7 +42,7 @@ def test_round_trip_is_exact(case: str, variant: str, tmp_path: Path) -> None:
 
 
 def test_saving_a_loaded_adapter_gives_the_same_tensors_and_plan(tmp_path: Path) -> None:
-    saved(tmp_path / "a", norm="affine")
+    saved(tmp_path / "a", norm="stats-affine")
     model = net()
     load_adapter(model, tmp_path / "a")
     save_adapter(model, tmp_path / "b")
@@ -119,7 +119,7 @@ def test_a_loaded_adapter_can_be_trained_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_round_trip_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = adapted(net().to(dtype), target_modules=["hidden", "stem"], norm="affine", variant="dora")
+    model = adapted(net().to(dtype), target_modules=["hidden", "stem"], norm="stats-affine", variant="dora")
     save_adapter(model, tmp_path)
     fresh = net().to(dtype)
     load_adapter(fresh, tmp_path)
@@ -162,7 +162,7 @@ def test_strength_is_refused_where_the_start_of_the_head_is_lost(tmp_path: Path)
 
 
 def test_without_head_the_model_keeps_its_own(tmp_path: Path) -> None:
-    saved(tmp_path, norm="affine")
+    saved(tmp_path, norm="stats-affine")
     model = net(classes=7)
     head = model.fc.weight.clone()
     load_adapter(model, tmp_path, with_head=False)
@@ -186,7 +186,7 @@ def test_other_classes_load_when_asked_for(tmp_path: Path) -> None:
 def test_what_peft_cannot_express_removes_its_old_mirror(tmp_path: Path) -> None:
     saved(tmp_path)
     assert (tmp_path / PEFT_CONFIG).exists()
-    saved(tmp_path, norm="affine", target_modules=["mix"])
+    saved(tmp_path, norm="stats-affine", target_modules=["mix"])
     assert not (tmp_path / PEFT_CONFIG).exists()
     reasons = json.loads((tmp_path / MIRROR).read_text())["peft"]["reasons"]
     assert len(reasons) == 2

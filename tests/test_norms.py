@@ -33,7 +33,7 @@ def train_steps(model: nn.Module, steps: int = 3) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("norm", ["frozen", "stats", "affine"])
+@pytest.mark.parametrize("norm", ["frozen", "affine", "stats", "stats-affine"])
 @pytest.mark.parametrize("name", ["resnet10t", "efficientnet_b0"])
 def test_training_never_moves_the_base_statistics(name: str, norm: str) -> None:
     model = timm.create_model(name, num_classes=4).eval()
@@ -76,7 +76,7 @@ def test_train_mode_equals_eval_mode_for_batch_norm_and_keeps_its_gradients() ->
 
 def test_a_frozen_batch_norm_keeps_no_activation_for_backward() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
-    vl.apply_lora(model, vl.LoraConfig(r=1, target_modules=["0", "2"], modules_to_save="none"))
+    vl.apply_lora(model, vl.LoraConfig(r=1, target_modules=["0", "2"], modules_to_save="none", norm="frozen"))
     model.train()
     x = torch.randn(64, 8)
     h = model[0](x)

@@ -31,7 +31,7 @@ def test_a_row_counts_the_change_and_its_share_of_the_layer(net: nn.Module) -> N
 def test_totals_agree_with_the_tensors_and_the_base() -> None:
     model = timm.create_model("test_resnet", num_classes=3)
     base = sum(p.numel() for p in model.parameters())
-    apply_lora(model, LoraConfig(r=2, norm="affine"))
+    apply_lora(model, LoraConfig(r=2, norm="stats-affine"))
     found, state = summary(model), adapter_state(model, "default")
     starts = sum(t.numel() for key, t in state.items() if key.endswith("/start"))
     assert found.parameters == sum(t.numel() for t in state.values()) - starts

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from visionlora.compose import combine as combine
     from visionlora.compose import sweep as sweep
     from visionlora.core.norms import estimate_statistics as estimate_statistics
+    from visionlora.eva import allocate_ranks as allocate_ranks
+    from visionlora.eva import fit_to_data as fit_to_data
     from visionlora.io import load_adapter as load_adapter
     from visionlora.io import read_adapter as read_adapter
     from visionlora.io import save_adapter as save_adapter
@@ -39,6 +41,7 @@ _WHERE = {
         *("deactivate", "disabled", "remove"),
     ),
     "visionlora.compose": ("combine", "sweep"),
+    "visionlora.eva": ("allocate_ranks", "fit_to_data"),
     "visionlora.core.norms": ("estimate_statistics",),
     "visionlora.io": ("load_adapter", "read_adapter", "save_adapter"),
     "visionlora.merging": ("base_state_dict", "fingerprint", "merge", "unmerge"),

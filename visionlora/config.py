@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from visionlora.errors import ConfigError
 
 Variant = Literal["lora", "dora", "fa", "loha", "lokr", "tucker", "up", "spatial", "vera", "ia3"]
-Norm = Literal["frozen", "stats", "affine"]
+Norm = Literal["frozen", "affine", "stats", "stats-affine"]
 Bias = Literal["none", "lora_only", "all"]
-Init = Literal["default", "gaussian", "orthogonal"]
+Init = Literal["default", "gaussian", "orthogonal", "pissa", "olora", "soma", "eva"]
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -39,9 +39,10 @@ class LoraConfig:
     "spatial": learned filters mixed per channel (for depthwise layers), "vera" and "ia3": vectors alone."""
     decompose_factor: int = -1
     """Of "lokr": the largest side of the first Kronecker factor; -1 makes both factors as square as they go."""
-    norm: Norm = "frozen"
-    """BatchNorm: "frozen" keeps the base statistics, "stats" re-estimates them once on the target data, "affine"
-    also trains scale and shift (of every normalisation layer). Statistics never drift while training."""
+    norm: Norm = "affine"
+    """Normalisation layers: "affine" trains their scale and shift, "frozen" nothing (leaner: no activation is kept
+    for them). BatchNorm keeps the statistics of the base in both; "stats" and "stats-affine" re-estimate them once on
+    the target data. In none of them do statistics drift while training."""
     bias: Bias = "none"
     """Also train the biases of the adapted layers ("lora_only") or of every layer ("all")."""
     use_rslora: bool = False
@@ -54,7 +55,9 @@ class LoraConfig:
     """Modules trained in full and saved with the adapter: "auto" is the classifier head; a list adds to the head;
     "none" trains no module in full, the head included."""
     init_lora_weights: Init = "default"
-    """Starting values of A: "default" (Kaiming uniform), "gaussian" (variance 1/r) or "orthogonal". B starts at 0."""
+    """Starting values. "default" (Kaiming uniform), "gaussian" (variance 1/r), "orthogonal" and "eva" (directions of
+    the data's activations, see visionlora.fit_to_data) fill A while B is 0; "pissa", "olora" and "soma" train a part of
+    the weight itself: its largest singular components, its first QR columns, its smallest singular components."""
     task_type: str | None = None
     """The field's name of the task; None for image models."""
 
@@ -75,6 +78,7 @@ class LoraConfig:
             _names(name, getattr(self, name))
         if isinstance(self.modules_to_save, str):
             _one_of("modules_to_save", self.modules_to_save, ("auto", "none"))
+        _check_start(self.init_lora_weights, self.variant)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             compile_pattern(pattern, "rank_pattern or alpha_pattern")
 
@@ -105,6 +109,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "bias": get_args(Bias),
     "init_lora_weights": get_args(Init),
 }
+
+
+def _check_start(init: str, variant: str) -> None:
+    needs = {"eva": ("lora", "dora", "fa"), **dict.fromkeys(("pissa", "olora", "soma"), ("lora",))}.get(
+        init, (variant,)
+    )
+    if variant not in needs:
+        raise ConfigError(f'init_lora_weights="{init}" starts the variants {", ".join(needs)}, not {variant!r}')
 
 
 def did_you_mean(word: str, choices: list[str], cutoff: float = 0.5) -> str:

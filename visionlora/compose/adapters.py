@@ -149,11 +149,18 @@ def _target(site: Site) -> str:
     return site.name + (f"[{','.join(site.parts)}]" if site.parts else "")
 
 
+def _norm(configs: Sequence[LoraConfig]) -> Norm:
+    names = {config.norm for config in configs}
+    affine, stats = (bool(names & {policy, "stats-affine"}) for policy in ("affine", "stats"))
+    if affine:
+        return "stats-affine" if stats else "affine"
+    return "stats" if stats else "frozen"
+
+
 def _config(model: nn.Module, weights: Mapping[str, float], sites: list[Site], owned: Owned) -> LoraConfig:
     """Return the config that describes the result; its ranks and scales are those of the plan."""
     configs = [adapter_plan(model, name).config for name in weights]
     roles = {role for attributes in owned.roles.values() for role in attributes.values()}
-    norms: list[Norm] = ["frozen", "stats", "affine"]
     biases: list[Bias] = ["none", "lora_only", "all"]
     saved = [layer for layer, attributes in owned.roles.items() if "saved" in attributes.values()]
     r = Counter(site.rank for site in sites).most_common(1)[0][0] if sites else 1
@@ -161,7 +168,7 @@ def _config(model: nn.Module, weights: Mapping[str, float], sites: list[Site], o
         r=r,
         lora_alpha=float(r),
         target_modules=[_target(site) for site in sites] or "none",
-        norm=max((c.norm for c in configs), key=norms.index) if "norm" in roles else "frozen",
+        norm=_norm(configs) if "norm" in roles else "frozen",
         bias=max((c.bias for c in configs), key=biases.index) if "bias" in roles else "none",
         modules_to_save=saved or ("auto" if "head" in roles else "none"),
         task_type=configs[0].task_type,

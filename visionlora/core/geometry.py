@@ -100,11 +100,11 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
         rows, columns = weight.shape
         return Geometry("conv1d_hf", out=columns, in_=rows)
     if isinstance(layer, nn.Linear):
-        known = type(layer).forward is nn.Linear.forward or not materialisable(weight)
+        known = _own(layer).forward is nn.Linear.forward or not materialisable(weight)
         return Geometry("linear", out=layer.out_features, in_=layer.in_features, known=known)
     if isinstance(layer, nn.Embedding):
         # max_norm rescales the stored weight in every forward pass: there is no frozen base to add to
-        known = type(layer).forward is nn.Embedding.forward
+        known = _own(layer).forward is nn.Embedding.forward
         return None if layer.max_norm else Geometry("embedding", layer.embedding_dim, layer.num_embeddings, known=known)
     return _conv_geometry(layer, weight)
 
@@ -135,12 +135,18 @@ def _conv_geometry(layer: nn.Module, weight: Tensor) -> Geometry | None:
         )
     for base, dims in _CONVS.items():
         if isinstance(layer, base):
-            known = type(layer).forward is base.forward and type(layer)._conv_forward is base._conv_forward  # type: ignore[attr-defined]
+            own = _own(layer)
+            known = own.forward is base.forward and own._conv_forward is base._conv_forward  # type: ignore[attr-defined]
             assert len(kernel) == dims
-            standardised = type(layer).__module__ == "timm.layers.std_conv"
+            standardised = own.__module__ == "timm.layers.std_conv"
             out, in_ = weight.shape[:2]
             return Geometry("conv", out, in_, layer.groups, kernel, known, standardised)  # type: ignore[arg-type]
     return None
+
+
+def _own(layer: nn.Module) -> type[nn.Module]:
+    """Return the class a layer had before it was adapted, whose forward tells what kind it is."""
+    return next(c for c in type(layer).__mro__ if c.__module__ != "visionlora.core.attach")
 
 
 def _is_hf_conv1d(layer: nn.Module) -> bool:

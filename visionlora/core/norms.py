@@ -55,9 +55,9 @@ def norm_values(layer: nn.Module, policy: Norm) -> dict[str, Value]:
     values: dict[str, Value] = {}
     if policy == "frozen":
         return values
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, _BatchNorm) and policy in ("stats", "stats-affine"):
         values |= _values(layer._buffers, STATISTICS, trainable=False)
-    if policy == "affine":
+    if policy in ("affine", "stats-affine"):
         values |= _values(layer._parameters, AFFINE, trainable=True)
     return values
 
@@ -71,7 +71,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor], forward: Ca
     moments = [_Moments(layer) for layer in batch_norms(model).values() if _own_statistics(layer)]
     if not moments:
         raise StateError(
-            'the active adapter has no BatchNorm statistics of its own; attach it with norm="stats" or "affine"'
+            'the active adapter has no BatchNorm statistics of its own; attach it with norm="stats" or "stats-affine"'
         )
     images = 0
     try:

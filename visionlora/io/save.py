@@ -21,6 +21,7 @@ from visionlora.io.card import GENERATED, card
 from visionlora.io.header import MAX_HEADER, is_key
 from visionlora.io.keys import as_stored, file_keys
 from visionlora.io.peft_mirror import peft_config
+from visionlora.io.plain import as_plain
 from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
 from visionlora.io.record import FORMAT_VERSION, check_agreement, check_record, to_metadata, versions
 from visionlora.io.strict import is_finite
@@ -45,7 +46,7 @@ def save_adapter(
     finite is stored in `metrics` as null. An adapter already there is replaced; if anything fails it stays as it was.
     Raises ConfigError for values that the record cannot hold, OSError for a disk that is full or read-only.
     """
-    plan, state = adapter_plan(model, name), adapter_state(model, name)
+    plan, state = as_plain(adapter_plan(model, name), adapter_state(model, name))
     tensors = _stored(plan, state)
     try:
         record = _record(model, name, plan, tensors, base, classes, data, metrics)

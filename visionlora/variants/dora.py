@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry, materialisable, widened
-from visionlora.errors import TargetError
+from visionlora.core.geometry import Geometry
 from visionlora.variants.low_rank import LowRank
+from visionlora.variants.variant import materialised
 
 
 class DoRA(LowRank):
@@ -18,9 +18,7 @@ class DoRA(LowRank):
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
-        if not materialisable(weight):
-            raise TargetError(f"DoRA needs the weight itself, and {type(weight).__name__} hides it; use variant lora")
-        self.m = nn.Parameter(_row_norm(widened(weight.detach())).flatten())
+        self.m = nn.Parameter(_row_norm(materialised(weight, "DoRA")).flatten())
 
     @classmethod
     def size(cls, geometry: Geometry, rank: int, config: LoraConfig) -> int:

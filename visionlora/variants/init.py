@@ -1,10 +1,11 @@
-"""Starting values of A, written in place on the (r, in * kernel) rows of one group; B starts at zero."""
+"""Starting values: of A alone, written in place, or of A and B from the weight itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import sqrt
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,4 +24,41 @@ def orthogonal(rows: Tensor) -> None:
     nn.init.orthogonal_(rows)
 
 
-STARTS: dict[str, Callable[[Tensor], None]] = {"default": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
+STARTS: dict[str, Callable[[Tensor], None]] = {
+    "default": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "eva": kaiming,  # until the data were seen
+}
+"""Name -> what fills the (r, in * kernel) rows of A of one group; B starts at zero."""
+
+
+def principal(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """PiSSA: the largest singular components of the weight (Meng et al. 2024, arXiv:2404.02948)."""
+    return _components(weight, slice(0, rank))
+
+
+def minor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """SoMA: the smallest ones, so that what the base knows stays put (Yun et al. 2025, arXiv:2412.04077)."""
+    last = min(weight.shape)
+    return _components(weight, slice(last - rank, last))
+
+
+def triangular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """OLoRA: the first orthonormal columns of a QR decomposition (Büyükakyüz 2024, arXiv:2406.01775)."""
+    Q, R = torch.linalg.qr(weight)
+    return Q[:, :rank], R[:rank]
+
+
+def _components(weight: Tensor, which: slice) -> tuple[Tensor, Tensor]:
+    U, S, V = torch.linalg.svd(weight, full_matrices=False)
+    root = S[which].sqrt()
+    return U[:, which] * root, root[:, None] * V[which]
+
+
+SPLITS: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
+    "pissa": principal,
+    "olora": triangular,
+    "soma": minor,
+}
+"""Name -> (B, A) of the (out, in * kernel) weight of one group, whose product is trained in place of that part."""

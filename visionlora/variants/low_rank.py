@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
 from visionlora.core.geometry import Geometry
-from visionlora.variants.init import STARTS
+from visionlora.variants.init import STARTS, kaiming
 from visionlora.variants.variant import Variant, factor_dtype, seen_dtype
 
 
@@ -58,5 +58,5 @@ def fresh(geometry: Geometry, weight: Tensor, rank: int, config: LoraConfig, *, 
     A = torch.empty(geometry.groups * rank, geometry.in_, *kernel, dtype=factor_dtype(weight), device=weight.device)
     if not A.is_meta:
         for rows in A.view(geometry.groups, rank, -1):
-            STARTS[config.init_lora_weights](rows)
+            STARTS.get(config.init_lora_weights, kaiming)(rows)
     return A

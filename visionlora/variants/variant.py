@@ -11,7 +11,8 @@ from torch import Tensor
 
 from visionlora.config import LoraConfig
 from visionlora.core.delta import Delta
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, materialisable, widened
+from visionlora.errors import TargetError
 
 
 class Variant(Delta):
@@ -53,6 +54,13 @@ class Variant(Delta):
             return factor
         keep = torch.rand(factor.shape[0], *[1] * (factor.ndim - 1), device=factor.device) >= self.dropout
         return factor * (keep.to(factor.dtype) / (1 - self.dropout))
+
+
+def materialised(weight: Tensor, what: str) -> Tensor:
+    """Return the weight in float32 or wider. Raises TargetError where it is quantised and nobody can see it."""
+    if not materialisable(weight):
+        raise TargetError(f"{what} needs the weight itself, and {type(weight).__name__} hides it; use the plain LoRA")
+    return widened(weight.detach())
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:

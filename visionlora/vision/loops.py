@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import mean
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from visionlora.adapt import adapter_state
-from visionlora.core.norms import estimate_statistics
+from visionlora.adapt import adapter_plan, adapter_state
+from visionlora.core.norms import batch_norms, estimate_statistics
 from visionlora.data.dataset import UNLABELLED, Batch, ImageDataset
 from visionlora.errors import ConfigError
+from visionlora.eva import fit_to_data
 from visionlora.targets import head_layers
 
 log = logging.getLogger(__name__)
@@ -87,23 +89,29 @@ def class_weight(setting: str | list[float], trainer: Trainer, classes: int, dev
     return torch.tensor(weights, device=device)
 
 
-def estimate(net: nn.Module, name: str, trainer: Trainer) -> None:
-    """Change the adapter's BatchNorm statistics to those of the training images, without labels, the same on all ranks.
+def see_data(net: nn.Module, name: str, trainer: Trainer) -> None:
+    """Change the adapter before its training to what the config wants from the training images, without labels.
 
-    The images come as they do in evaluation where the data module tells how, else from the training loader as it is.
+    These are BatchNorm statistics and, for "eva", the directions its layers start along: the same on all ranks. The
+    images come as they do in evaluation where the data module tells how, else from the training loader as it is.
     """
-    loader = _undisturbed(trainer)
+    config = adapter_plan(net, name).config
     device, precision = next(net.parameters()).device, trainer.precision_plugin
-    batches = (precision.convert_input(as_batch(batch).images.to(device)) for batch in loader)
     training = net.training
     net.eval()  # no dropout
     with precision.forward_context():
-        images = estimate_statistics(net, batches, net)
+        if config.norm in ("stats", "stats-affine") and batch_norms(net):
+            batches = (precision.convert_input(as_batch(b).images.to(device)) for b in _undisturbed(trainer))
+            images = estimate_statistics(net, batches, net)
+            log.info("BatchNorm statistics re-estimated once, on %d training images", images)
+        if config.init_lora_weights == "eva":
+            batches = (precision.convert_input(as_batch(b).images.to(device)) for b in _undisturbed(trainer))
+            shares = fit_to_data(net, batches)
+            log.info("A starts along directions that hold %.0f %% of its input", 100 * mean(shares.values()))
     net.train(training)
     if dist.is_available() and dist.is_initialized():
         for tensor in adapter_state(net, name).values():
             dist.broadcast(tensor, 0)
-    log.info("BatchNorm statistics re-estimated once, on %d training images", images)
 
 
 def _undisturbed(trainer: Trainer) -> Iterable[Any]:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from visionlora.adapt import adapter_parameters, apply_lora
 from visionlora.config import LoraConfig, did_you_mean
-from visionlora.core.norms import batch_norms
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
 from visionlora.merging import fingerprint
@@ -27,10 +26,10 @@ from visionlora.vision.full import save_full
 from visionlora.vision.loops import (
     as_batch,
     class_weight,
-    estimate,
     full_groups,
     image_paths,
     planned_steps,
+    see_data,
     seeded,
     set_names,
 )
@@ -175,9 +174,8 @@ class ImageClassifier(pl.LightningModule):
         self._class_weight = class_weight(
             self.hparams.class_weights, self.trainer, self.hparams.num_classes, self.device
         )
-        adapts = self.config is not None and self.config.norm != "frozen" and batch_norms(self.net)
-        if adapts and self.trainer.ckpt_path is None:  # a resumed run has them in its checkpoint
-            estimate(self.net, self.hparams.adapter_name, self.trainer)
+        if self.config is not None and self.trainer.ckpt_path is None:  # a resumed run has it in its checkpoint
+            see_data(self.net, self.hparams.adapter_name, self.trainer)
 
     def on_train_start(self) -> None:
         self._first_epoch = self.current_epoch

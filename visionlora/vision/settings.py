@@ -18,7 +18,7 @@ def adapter_config(mode: str, lora: LoraConfig) -> LoraConfig | None:
     modes = {
         "lora": lora,
         "linear": LoraConfig(target_modules="none", norm="frozen"),
-        "norm": LoraConfig(target_modules="none", norm="affine"),
+        "norm": LoraConfig(target_modules="none", norm="stats-affine"),
         "full": None,
     }
     if mode not in modes:
