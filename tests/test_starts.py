@@ -115,9 +115,9 @@ def test_directions_of_the_data_are_those_of_the_patches(groups: int) -> None:
         S = torch.linalg.svdvals(patches[:, group])
         A = model[0].adapters["default"]["weight"].A.detach().reshape(groups, 3, -1)[group]
         assert_close(A @ A.T, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
-        assert (patches[:, group] @ A.T).square().sum() >= 0.999 * S[:3].square().sum()
+        assert (patches[:, group] @ A.T).square().sum() >= 0.998 * S[:3].square().sum()
     if groups == 1:
-        assert shares["0"] == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-3)
+        assert shares["0"] == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-2)
 
 
 def test_directions_need_a_fresh_low_rank_adapter_and_data() -> None:

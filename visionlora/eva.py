@@ -147,7 +147,7 @@ def _sketch(model: nn.Module, site: Site, spread: float) -> _Sketch:
             f"{site.name}: a {kind} does not tell what its weight meets; leave it out (exclude_modules), or start "
             'with init_lora_weights="orthogonal"'
         )
-    size = min(int(2 * spread * site.rank) + _OVERSAMPLED, geo.taps)
+    size = min(int(4 * spread * site.rank) + _OVERSAMPLED, geo.taps)
     generator = torch.Generator().manual_seed(0)
     test = torch.randn(geo.groups, size, geo.taps, generator=generator, dtype=torch.float64)
     test = torch.linalg.qr(test.mT)[0].mT.reshape(geo.groups * size, geo.in_, *geo.kernel)
