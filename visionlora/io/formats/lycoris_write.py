@@ -76,14 +76,20 @@ def _own_names(delta: Delta) -> dict[str, Tensor] | None:
         factors = {f"hada_{leaf}": getattr(delta, leaf) for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")}
         return {**factors, "alpha": number(delta.scale * delta.rank)}
     if isinstance(delta, LoKr):
-        if delta.w2 is not None:  # without low-rank factors LyCORIS takes the scale to be 1
-            return {"lokr_w1": delta.scale * delta.w1, "lokr_w2": delta.w2, "alpha": number(1.0)}
-        low_rank = {"lokr_w2_a": delta.w2_a, "lokr_w2_b": delta.w2_b}
-        return {"lokr_w1": delta.w1, **low_rank, "alpha": number(delta.scale * delta.rank)}
+        return _lokr(delta)
     if isinstance(delta, Tucker) and delta.geometry.groups == 1:
         factors = {"lora_down.weight": delta.A, "lora_mid.weight": delta.M, "lora_up.weight": delta.B}
         return {**factors, "alpha": number(delta.scale * delta.rank)}
     return None
+
+
+def _lokr(delta: LoKr) -> dict[str, Tensor]:
+    if delta.w2 is None and delta.rank < max(delta.block[:2]) / 2:
+        low_rank = {"lokr_w2_a": delta.w2_a, "lokr_w2_b": delta.w2_b}
+        return {"lokr_w1": delta.w1, **low_rank, "alpha": number(delta.scale * delta.rank)}
+    # from that rank on LyCORIS expects the matrix in full, and without low-rank factors it takes the scale to be 1
+    w2 = delta.w2 if delta.w2 is not None else (delta.w2_a.double() @ delta.w2_b.double()).float().view(delta.block)
+    return {"lokr_w1": delta.scale * delta.w1, "lokr_w2": w2, "alpha": number(1.0)}
 
 
 def _factors(delta: Delta, weight: Tensor, rank: int | None) -> Factors | None:
