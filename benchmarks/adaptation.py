@@ -5,6 +5,7 @@
 Every task starts from a classifier that knows the source domain (trained in full there, once, or published) and adapts
 it to the target domain with the target's labels. LoRA runs at the defaults of ImageClassifier; each other method runs
 at every learning rate of a grid and is reported at the one that is best on the target test images, which favours it.
+The tasks caltech-v1 and signs-dev are for choosing defaults: none of their target images is in another task's test.
 One line of JSON a run; `--table results.jsonl` prints the tables of docs/results.md.
 """
 
@@ -36,14 +37,16 @@ from visionlora.vision.module import ImageClassifier
 
 GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
-    "lora-affine": (None,),
+    "lora-frozen": (None,),
+    "lora-bias": (None,),
     "linear": (3e-3, 1e-2),
     "norm": (1e-2, 3e-2),
     "full": (3e-4, 1e-3, 3e-3),
 }
 SHORT_GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
-    "lora-affine": (None,),
+    "lora-frozen": (None,),
+    "lora-bias": (None,),
     "linear": (1e-2,),
     "norm": (1e-2,),
     "full": (3e-4, 1e-3),
@@ -60,26 +63,34 @@ class Task:
     source: tuple[str, str]
     """Domain the base is trained on, and the domain of its test images; the same twice: a fifth of it."""
     target: tuple[str, str]
-    """Likewise; the same twice: half of it."""
+    """Likewise; the same twice: the second of `shares`."""
     size: int
     epochs: int
     base_epochs: int = 8
+    shares: tuple[float, ...] = (0.5, 0.5)
+    """Parts of the target domain: for training, for the test, and unused."""
     group_by: str | None = None
     input: dict[str, Any] = field(default_factory=lambda: dict(TF_INPUT))
     grid: dict[str, tuple[float | None, ...]] = field(default_factory=lambda: dict(GRID))
 
 
-def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int) -> Task:
+def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int, shares: tuple[float, ...]) -> Task:
     grid = SHORT_GRID if backbone is mobilenet_v2 else GRID
-    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, grid=grid)
+    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, 8, shares, grid=grid)
+
+
+def signs(target: tuple[str, str], shares: tuple[float, ...]) -> Task:
+    return Task(mobilenet_v1, "signs", 12, ("bright", "bright_test"), target, 128, 6, 8, shares, "^[^_]+")
 
 
 TASKS = {
-    "signs": Task(mobilenet_v1, "signs", 12, ("bright", "bright_test"), ("dark", "dark_test"), 128, 6, 8, "^[^_]+"),
-    "webcam-v1": office(mobilenet_v1, "webcam", 20),
-    "dslr-v1": office(mobilenet_v1, "dslr", 20),
-    "webcam-v2": office(mobilenet_v2, "webcam", 10),
-    "dslr-v2": office(mobilenet_v2, "dslr", 10),
+    "caltech-v1": office(mobilenet_v1, "caltech10", 20, (0.14, 0.36, 0.5)),
+    "signs-dev": signs(("dark", "dark"), (0.6, 0.4)),
+    "signs": signs(("dark", "dark_test"), ()),
+    "webcam-v1": office(mobilenet_v1, "webcam", 20, (0.5, 0.5)),
+    "dslr-v1": office(mobilenet_v1, "dslr", 20, (0.5, 0.5)),
+    "webcam-v2": office(mobilenet_v2, "webcam", 10, (0.5, 0.5)),
+    "dslr-v2": office(mobilenet_v2, "dslr", 10, (0.5, 0.5)),
     "digits": Task(
         vit_mnist, "digits", 10, ("mnist_test", "mnist_test"), ("usps_train", "usps_test"), 28, 8, 0,
         input={"mean": [0.1307], "std": [0.3081], "in_chans": 1, "interpolation": "bilinear", "crop_pct": 1.0},
@@ -91,10 +102,10 @@ def write_parts(task: Task, root: Path, path: Path) -> None:
     """Write the data set of a task as CSV with the domains source, source_test, target and target_test."""
     parts: dict[str, list[Sample]] = {}
     samples = read_tree(root / task.folder, layout="domain/class")
-    for name, (train, test), share in (("source", task.source, 0.2), ("target", task.target, 0.5)):
+    for name, (train, test), shares in (("source", task.source, (0.8, 0.2)), ("target", task.target, task.shares)):
         own = [s for s in samples if s.domain == train]
         if train == test and task.base_epochs:
-            parts[name], parts[f"{name}_test"] = stratified_split(own, (1 - share, share), group_by=task.group_by)
+            parts[name], parts[f"{name}_test"] = stratified_split(own, shares, group_by=task.group_by)[:2]
         else:
             parts[name] = own if train != test else []  # a published base: nothing to train on
             parts[f"{name}_test"] = [s for s in samples if s.domain == test]
@@ -166,8 +177,9 @@ def measure(name: str, args: argparse.Namespace) -> None:
 
 
 def settings_of(mode: str, rate: float | None) -> dict[str, Any]:
-    if mode == "lora-affine":
-        return {"mode": "lora", "lora": LoraConfig(norm="affine"), "lr": rate}
+    variations = {"lora-frozen": LoraConfig(norm="frozen"), "lora-bias": LoraConfig(norm="frozen", bias="all")}
+    if mode in variations:
+        return {"mode": "lora", "lora": variations[mode], "lr": rate}
     return {"mode": mode, "lr": rate}
 
 
