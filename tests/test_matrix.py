@@ -94,6 +94,19 @@ def test_output_equals_the_layer_run_with_the_dense_weight(variant: str, kind: s
     assert_close(model(x), torch.func.functional_call(twin, {path: dense}, x))
 
 
+@EVERY
+def test_whoever_reads_the_weight_sees_the_change(variant: str, kind: str) -> None:
+    # timm's fusing passes and some attentions never call the layer
+    model, _ = adapted(variant, kind)
+    stir(model)
+    path, layer, delta = seat(model)
+    base, attribute = vl.base_state_dict(model)[path], path.rpartition(".")[2]
+    geometry = delta.geometry
+    assert_close(getattr(layer, attribute), base + geometry.stored(delta.change(geometry.canonical(base))))
+    with vl.disabled(model):
+        assert torch.equal(getattr(layer, attribute), base)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_stored_and_canonical_weights_are_each_others_inverse(kind: str) -> None:
     variant = next(v for v in VARIANTS if (v, kind) in RANKS)

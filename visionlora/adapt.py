@@ -163,7 +163,7 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
     On a model sharded by FSDP2 the tensors are gathered, and every process must make the call.
     """
-    check_known_name(model, name)
+    _check_whole(model, name)
     return {
         f"{layer_name}/{attribute}/{tensor_name}": whole(tensor.detach())
         for layer_name, layer in adapted_layers(model).items()
@@ -292,6 +292,17 @@ def _registry_or_new(model: nn.Module) -> Registry:
     if "_visionlora" not in model.__dict__:
         model._visionlora = Registry({n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
     return registry_of(model)
+
+
+def _check_whole(model: nn.Module, name: str) -> None:
+    layers, plan = adapted_layers(model), adapter_plan(model, name)
+    wanted = dict.fromkeys((*(site.layer for site in plan.sites), *plan.values))
+    gone = [layer for layer in wanted if layer not in layers or name not in layers[layer].adapters]
+    if gone:
+        raise StateError(
+            f"{len(gone)} adapted layers are gone ({', '.join(gone[:3])}): the model was fused or rebuilt after the "
+            "adapter was put on; call merge first, then fuse"
+        )
 
 
 def _chosen(model: nn.Module, names: str | list[str] | dict[str, float], strength: float) -> dict[str, float]:

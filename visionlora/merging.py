@@ -62,7 +62,9 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors under the keys timm and transformers gave them; merged ones after merge."""
-    inside = tuple(f"{name}.adapters." if name else "adapters." for name in adapted_layers(model))
+    # a module that the model holds under two names shows its adapters under both
+    modules = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}.adapters.".removeprefix(".") for name, m in modules if isinstance(m, Adapted))
     return {key: tensor for key, tensor in model.state_dict().items() if not (inside and key.startswith(inside))}
 
 

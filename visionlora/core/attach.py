@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from visionlora.core.delta import Change, Delta
-from visionlora.core.geometry import widened
+from visionlora.core.geometry import materialisable, own_output, widened
 from visionlora.errors import StateError
 
 try:
@@ -62,6 +62,10 @@ class Adapted(nn.Module):
             )
         return base
 
+    def seen(self, attribute: str) -> Tensor | None:
+        """Return the tensor as whoever reads the attribute sees it."""
+        return self.effective(attribute)
+
     def active_changes(self, attribute: str) -> list[tuple[Change, float]]:
         return self.running.get(attribute, [])
 
@@ -77,16 +81,27 @@ class Materialised(Adapted):
 
 
 class Branched(Adapted):
-    """A layer that runs untouched while each change adds a cheaper parallel branch, proven equal."""
+    """A layer that runs on its stored weight while each change adds a cheaper parallel branch, proven equal.
+
+    Whoever reads its weight instead of calling it (an attention, a fusing pass) sees the effective one.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Tensor = super().forward(x, *args, **kwargs)
+        stored = self._parameters["weight"]
+        assert stored is not None
+        base: Tensor = own_output(self, x) if materialisable(stored) else super().forward(x, *args, **kwargs)
         y = base
         for delta, strength in self.active_changes("weight"):
             assert isinstance(delta, Delta)
             branch = delta.branch(self, x, base)
             y = y + (branch if strength == 1 else strength * branch)
         return y
+
+    def seen(self, attribute: str) -> Tensor | None:
+        stored = self.base_tensor(attribute)
+        # a quantised weight has no effective form, and FSDP2 asks for its shard between forward passes
+        hidden = attribute == "weight" and stored is not None and not materialisable(stored)
+        return stored if hidden else self.effective(attribute)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -105,9 +120,7 @@ def adapted_class(mixin: type[Adapted], own: type[nn.Module], changed: frozenset
     key = (mixin, own, changed)
     if key not in _CLASSES:
         namespace: dict[str, Any] = {"changed": changed, "__module__": __name__}
-        # a branched layer's weight stays the base's: its branch adds the change
-        read = changed - {"weight"} if mixin is Branched else changed
-        namespace |= {attribute: _reader(attribute) for attribute in read}
+        namespace |= {attribute: _reader(attribute) for attribute in changed}
         _CLASSES[key] = type(f"{mixin.__name__}{own.__name__}", (mixin, own), namespace)
     return _CLASSES[key]
 
@@ -173,7 +186,7 @@ def _refresh_class(layer: Adapted) -> None:
 def _reader(attribute: str) -> property:
     def read(self: Adapted) -> Tensor | None:
         try:
-            return self.effective(attribute)
+            return self.seen(attribute)
         except AttributeError as e:
             # nn.Module.__getattr__ would answer an AttributeError with the base tensor: a silent wrong result
             raise RuntimeError(f"{attribute} of {type(self).__name__}: {e}") from e
