@@ -8,16 +8,18 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from math import hypot
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
 from visionlora.adapt import activate, adapter_names, adapter_plan, remove
-from visionlora.atomic import atomic_path
+from visionlora.atomic import atomic_path, write_atomic
 from visionlora.config import check_adapter_name
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import load_adapter, save_adapter
+from visionlora.io.card import GENERATED
 from visionlora.io.formats import (
     Format,
     Imported,
@@ -31,7 +33,7 @@ from visionlora.io.formats import (
     read_peft,
 )
 from visionlora.io.formats.factors import Factors
-from visionlora.io.read import MIRROR, PEFT_CONFIG, WEIGHTS
+from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
 from visionlora.overview import readable_size, table
 from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
@@ -45,26 +47,26 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     source, out = Path(options.source), Path(options.out)
     found: Format = detect(source) if options.from_ == "auto" else options.from_
     _check_options(options, found, out)
-    model, imported, decomposed = opened(source, found, options)
+    model, notes, read_so = opened(source, found, options)
     name = adapter_names(model)[0]
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=_parent(out)) as temporary:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as temporary:
         written = Path(temporary) / out.name
-        decomposed |= write(model, name, written, options)
+        written_so = write(model, name, written, options)
         lost, shares = difference(model, name, _read_back(model, written, options), name)
-        _check_equal(shares, decomposed, out)
+        _check_equal(shares, written_so, out)
         size = _place(written, out)
-    lines = [f"notice: {note}" for note in (imported.notes if imported else ())]
-    print("\n".join([*lines, *_report(decomposed, shares), _summary(model, name, found, options.to)]))
-    print(f"{out}: {readable_size(size)}, the change of the weights equal to {lost:.1e}")
+    notices = [f"notice: {note}" for note in notes]
+    print("\n".join([*notices, *_report("read", read_so), *_report("written", written_so)]))
+    print(_summary(model, name, found, options.to))
+    print(f"{out}: {readable_size(size)}, the change of the weights equal to {hypot(lost, _share(read_so)):.1e}")
     return 0
 
 
-def opened(
-    source: Path, found: Format, options: argparse.Namespace
-) -> tuple[nn.Module, Imported | None, dict[str, Factors]]:
-    """Return the base with the adapter of SOURCE on it, what was read, and what had to be decomposed for it."""
+def opened(source: Path, found: Format, options: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Factors]]:
+    """Return the base with the adapter of SOURCE on it, notes on the reading, and what had to be decomposed for it."""
     if found == "visionlora" and options.model is None:
-        return load_model(source, checkpoint=options.checkpoint), None, {}
+        return load_model(source, checkpoint=options.checkpoint), [], {}
     if options.model is None:
         raise ConfigError(f"{source} ({found}) does not say for which model it is: name it with --model NAME")
     args = {} if options.img_size is None else {"img_size": options.img_size}
@@ -73,11 +75,11 @@ def opened(
     ).eval()
     if found == "visionlora":
         activate(net, load_adapter(net, source))
-        return net, None, {}
+        return net, [], {}
     imported = read(net, source, found, options)
-    decomposed = put_on(net, imported, name=check_adapter_name(options.name), rank=_rank(options))
-    # an adapter read from elsewhere changes BatchNorm only where the file says so: it is held still otherwise
-    return net.eval(), imported, decomposed
+    decomposed = put_on(net, imported, name=options.name, rank=_rank(options))
+    notes = [f"its input is recorded as timm has it for {options.model}"] if options.to == "visionlora" else []
+    return net.eval(), [*imported.notes, *notes], decomposed
 
 
 def read(model: nn.Module, source: Path, found: Format, options: argparse.Namespace) -> Imported:
@@ -95,7 +97,12 @@ def read(model: nn.Module, source: Path, found: Format, options: argparse.Namesp
 def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -> dict[str, Factors]:
     """Write a file or a folder that does not exist yet; return the layers that it holds otherwise than the model."""
     if options.to == "visionlora":
-        save_adapter(model, out, name=name, data=_input(model))
+        save_adapter(
+            model,
+            out,
+            name=name,
+            data=data_config(model, model_args={"img_size": options.img_size} if options.img_size else None),
+        )
         return {}
     if options.to == "kohya":
         content = lycoris_tensors(model, name, prefix=options.prefix or "lycoris", rank=_rank(options))
@@ -103,12 +110,14 @@ def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -
         return content.decomposed
     content = peft_tensors(model, name, base_name=options.model or _base_name(model), rank=_rank(options))
     out.mkdir()
-    (out / PEFT_CONFIG).write_text(json.dumps(content.config, indent=2) + "\n")
-    save_file(content.tensors, out / WEIGHTS, {"format": "pt"})
+    write_atomic(out / PEFT_CONFIG, json.dumps(content.config, indent=2) + "\n")
+    with atomic_path(out / WEIGHTS) as temporary:
+        save_file(content.tensors, temporary, {"format": "pt"})
     return content.decomposed
 
 
 def _check_options(options: argparse.Namespace, found: Format, out: Path) -> None:
+    check_adapter_name(options.name)
     if found == options.to:
         raise ConfigError(f"{options.source} is in the format {found} already")
     if options.approximate is not None and options.approximate < 1:
@@ -159,8 +168,13 @@ def _place(written: Path, out: Path) -> int:
         return size
     (out / PEFT_CONFIG).unlink(missing_ok=True)  # a kill in between must not leave an old alpha beside new weights
     for path in sorted(files, key=lambda p: p.name == PEFT_CONFIG):
-        _copied(path, out / path.name)
+        if path.name != CARD or _is_generated(out / CARD):
+            _copied(path, out / path.name)
     return size
+
+
+def _is_generated(card: Path) -> bool:
+    return not card.exists() or GENERATED in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _copied(path: Path, out: Path) -> None:
@@ -168,22 +182,26 @@ def _copied(path: Path, out: Path) -> None:
         shutil.copyfile(path, temporary)
 
 
-def _report(decomposed: Mapping[str, Factors], shares: Mapping[str, float]) -> list[str]:
-    """Return a line for every layer that lost something, one for those that were only written otherwise."""
-    rows = [
-        (layer, str(factors.rank), f"{shares.get(layer, 0.0):.1%}")
-        for layer, factors in decomposed.items()
-        if shares.get(layer, 0.0) > TOLERANCE
-    ]
-    same = [factors.rank for layer, factors in decomposed.items() if shares.get(layer, 0.0) <= TOLERANCE]
-    lines = table(("layer", "rank", "lost"), rows, right=(1, 2)) if rows else []
-    return lines + ([f"{len(same)} layers written as low-rank factors of rank {_span(same)}, equal"] if same else [])
+def _report(done: str, decomposed: Mapping[str, Factors]) -> list[str]:
+    """Return a line for every layer that lost something, one for those that only look otherwise."""
+    shares = {layer: _share({layer: factors}) for layer, factors in decomposed.items()}
+    rows = [(n, str(f.rank), f"{shares[n]:.1%}") for n, f in decomposed.items() if shares[n] > TOLERANCE]
+    same = [f.rank for n, f in decomposed.items() if shares[n] <= TOLERANCE]
+    lines = table((f"layer {done} nearly", "rank", "lost"), rows, right=(1, 2)) if rows else []
+    return lines + ([f"{len(same)} layers {done} as low-rank factors of rank {_span(same)}, equal"] if same else [])
+
+
+def _share(decomposed: Mapping[str, Factors]) -> float:
+    """Return how much of the change of these layers was lost."""
+    whole = hypot(*(factors.norm for factors in decomposed.values()))
+    return hypot(*(factors.error for factors in decomposed.values())) / whole if whole else 0.0
 
 
 def _summary(model: nn.Module, name: str, found: str, to: str) -> str:
     plan = adapter_plan(model, name)
+    count = len(plan.sites)
     ranks = f"{plan.config.variant}, rank {_span(site.rank for site in plan.sites)}" if plan.sites else "no low rank"
-    return f"{found} to {to}: {len(plan.sites)} layers ({ranks})" + (
+    return f"{found} to {to}: {count} layer{'s'[: count != 1]} ({ranks})" + (
         f", {len(plan.values)} in full" if plan.values else ""
     )
 
@@ -191,13 +209,6 @@ def _summary(model: nn.Module, name: str, found: str, to: str) -> str:
 def _span(ranks: Iterable[int]) -> str:
     known = sorted(ranks)
     return str(known[0]) if known[0] == known[-1] else f"{known[0]} to {known[-1]}"
-
-
-def _input(model: nn.Module) -> dict[str, object]:
-    config = data_config(model)
-    own = model._modules.get("patch_embed")
-    size = getattr(own, "img_size", None)
-    return config if size is None else {**config, "input_size": [config["input_size"][0], *size]}
 
 
 def _base_name(model: nn.Module) -> str | None:
@@ -208,8 +219,3 @@ def _base_name(model: nn.Module) -> str | None:
 def _rank(options: argparse.Namespace) -> int | None:
     rank: int | None = options.approximate
     return rank
-
-
-def _parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent

@@ -44,7 +44,7 @@ def lycoris_tensors(model: nn.Module, name: str, *, prefix: str = PREFIX, rank: 
     for layer, attribute, value, base in values(model, name):
         leaf = _leaf(model.get_submodule(layer), attribute)
         tensors[f"{names.write(layer)}.{leaf}"] = (value.double() - base.double()).to(value.dtype)
-    return Written({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, decomposed=decomposed)
+    return Written({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, decomposed=decomposed)
 
 
 def _reasons(model: nn.Module, name: str) -> list[str]:

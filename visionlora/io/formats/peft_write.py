@@ -39,7 +39,7 @@ def peft_tensors(model: nn.Module, name: str, *, base_name: str | None = None, r
     config |= {"base_model_name_or_path": base_name, "bias": _bias(biases, geometries)}
     config |= {"fan_in_fan_out": any(geo.kind == "conv1d_hf" for geo in geometries.values())}
     decomposed = {n: f for n, f in factors.items() if f.norm}
-    return Written({PEFT + k: t.detach().cpu().contiguous() for k, t in tensors.items()}, config, decomposed)
+    return Written({PEFT + k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, config, decomposed)
 
 
 def _saved(model: nn.Module, plan: Plan, names: list[str]) -> tuple[list[str], list[str]]:
