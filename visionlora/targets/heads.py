@@ -23,10 +23,12 @@ def _classifiers(model: nn.Module) -> list[nn.Module]:
     get_classifier = getattr(model, "get_classifier", None)  # timm's name; every timm model has it
     if callable(get_classifier):
         found = get_classifier()
-        return [m for m in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(m, nn.Module)]
+        # VOLO adds the scores of a second classifier, which sees the patches; get_classifier leaves it out
+        heads = [*(found if isinstance(found, (tuple, list)) else (found,)), model._modules.get("aux_head")]
+        return [m for m in heads if isinstance(m, nn.Module)]
     for name in _TOP_NAMES:
         top = model._modules.get(name)
         if top is not None:
-            linears: list[nn.Module] = [m for m in top.modules() if isinstance(m, nn.Linear)]
-            return linears[-1:]
+            dense: list[nn.Module] = [m for m in top.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+            return dense[-1:]
     return []

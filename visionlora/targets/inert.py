@@ -8,6 +8,8 @@ _READERS = {
     ("torch.nn.modules.activation", "MultiheadAttention"),
     ("torch.nn.modules.transformer", "TransformerEncoderLayer"),  # its fast path in eval mode
     ("timm.models.mobilevit", "LinearSelfAttention"),
+    ("timm.models.naflexvit", "NaFlexEmbeds"),  # resizes it for patches of other sizes
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"),
 }
 
 

@@ -2,57 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from visionlora.core.attach import own_class
 from visionlora.core.geometry import Geometry
 
 ATTENTION_AND_MLP = (
-    *("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "qkv_proj", "proj", "out_proj"),
-    *("fc1", "fc2", "fc1_g", "fc1_x", "w12", "w3"),
+    *("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "qkv_proj", "proj", "out_proj", "attn"),
+    *("fc1", "fc2", "fc1_g", "fc1_x", "w12", "w3", "w0", "w1", "w2", "in_proj", "attn_out_proj", "mlp_out_proj"),
 )
 """Attention and both MLP layers: with the MLP left out LoRA trails by two points on VTAB-1k structured tasks."""
 
-PRESETS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    (
-        *("vision_transformer", "vision_transformer_relpos", "vision_transformer_sam", "deit", "beit", "eva", "cait"),
-        *("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "volo", "xcit", "naflexvit", "hiera"),
+_TORCHVISION = ("in_proj_weight", "out_proj", "qkv", "proj", "mlp.0", "mlp.3", "mlp.linear_1", "mlp.linear_2")
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            *("vision_transformer", "vision_transformer_relpos", "vision_transformer_sam", "deit", "beit", "eva"),
+            *("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "volo", "xcit", "naflexvit"),
+            *("cait", "hiera"),
+        ),
+        ATTENTION_AND_MLP,
     ),
-    ATTENTION_AND_MLP,
-)
-"""timm model module -> name endings. A family that is not here gets every dense Linear and convolution outside its
-stem, its squeeze-excite and gating blocks, its position-bias networks and its head."""
-
-_GATES = {
-    *("SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "SEModule", "EffectiveSEModule", "EcaModule"),
-    *("CecaModule", "GatherExcite", "GlobalContext", "CbamModule", "LightCbamModule", "SplitAttn"),
-    *("SelectiveKernelAttn", "RelPosMlp", "ConvPosEnc"),
+    **dict.fromkeys(("torchvision.vision_transformer", "torchvision.swin_transformer"), _TORCHVISION),
 }
-_BIAS_NETWORKS = ("cpb_mlp", "rel_pos", "pos_embed", "pos_conv")
-_STEMS = ("stem", "patch_embed", "conv_stem", "stem_conv", "conv1")
+"""timm model module (others with their package) -> name endings. It holds for the layers inside that module's classes,
+also where another model wraps them. Layers of a family that is not here are taken if they are a dense Linear or
+convolution outside stem, squeeze-excite and gating blocks, position networks, auxiliary classifiers and head."""
+
+_LEFT_ALONE = {
+    *("SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "SEModule", "EffectiveSEModule", "EseModule"),
+    *("EcaModule", "CecaModule", "GatherExcite", "GlobalContext", "CbamModule", "LightCbamModule", "SpatialAttention"),
+    *("SplitAttn", "SelectiveKernelAttn", "RelPosMlp", "ConvPosEnc", "PositionalEncodingFourier", "PosConv"),
+    *("InceptionAux",),
+}
+_POSITION_OR_ROUTE = (
+    "cpb_mlp",
+    "meta_mlp",
+    "rel_pos",
+    "pos_embed",
+    "pos_conv",
+    "pos_proj",
+    "conv_lambda",
+    "routing_fn",
+)
+_STEMS = ("stem", "stem_dct", "patch_embed", "conv_stem", "stem_conv", "conv1")
 
 
-def family(model: nn.Module) -> str:
-    """Return the timm module a model comes from, or its package."""
-    return own_class(model).__module__.rpartition(".")[2]
+def family(module: nn.Module) -> str:
+    """Return the preset a module's class, or the class it derives from, belongs to; else where its class comes from."""
+    homes = [_home(cls) for cls in own_class(module).__mro__]
+    return next((home for home in homes if home in PRESETS), homes[0])
 
 
 def auto(model: nn.Module, candidates: dict[str, Geometry], heads: list[str]) -> list[str]:
     """Return the names of the layers "auto" takes."""
-    roles = PRESETS.get(family(model))
     modules = dict(model.named_modules())
     stems = _stems(model)
     layers = {n: geo for n, geo in candidates.items() if geo.kind != "embedding" and n not in heads}
     names = [n for n, geo in layers.items() if not _is_stem(n, geo, stems)]
-    if roles is not None:
-        names = [n for n in names if n.rpartition(".")[2] in roles]
-    return [n for n in names if not _is_gate(n, modules)]
+    return [n for n in names if _has_role(n, modules) and not _is_left_alone(n, modules)]
 
 
-def _is_gate(name: str, modules: dict[str, nn.Module]) -> bool:
+def _home(cls: type) -> str:
+    package, leaf = cls.__module__.partition(".")[0], cls.__module__.rpartition(".")[2]
+    return leaf if package == "timm" else f"{package}.{leaf}"
+
+
+def _has_role(name: str, modules: dict[str, nn.Module]) -> bool:
+    presets = (PRESETS.get(family(owner)) for owner in _owners(name, modules))
+    roles = next((preset for preset in presets if preset is not None), None)
+    return roles is None or any(f".{name}".endswith(f".{role}") for role in roles)
+
+
+def _is_left_alone(name: str, modules: dict[str, nn.Module]) -> bool:
+    inside = any(own_class(owner).__name__ in _LEFT_ALONE for owner in _owners(name, modules))
+    return inside or any(part in _POSITION_OR_ROUTE for part in name.split("."))
+
+
+def _owners(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules a layer lies in, the nearest first."""
     path = name.split(".")
-    owners = (modules[".".join(path[:i])] for i in range(1, len(path)))
-    return any(part in _BIAS_NETWORKS for part in path) or any(type(o).__name__ in _GATES for o in owners)
+    yield from (modules[".".join(path[:i])] for i in range(len(path) - 1, -1, -1))
 
 
 def _stems(model: nn.Module) -> tuple[str, ...]:
