@@ -22,7 +22,7 @@ from visionlora.io.formats.names import Layers
 from visionlora.io.formats.tensors import MAX_HEADER, read_safetensors, read_torch
 from visionlora.io.read import PEFT_CONFIG, WEIGHTS
 
-CONFIG = {"target_modules": ["hidden", "stem"], "norm": "frozen", "modules_to_save": "none"}
+CONFIG = {"target_modules": ["hidden", "stem"], "norm": "frozen", "bias": "none", "modules_to_save": "none"}
 
 
 def sound(**config: Any) -> dict[str, Tensor]:

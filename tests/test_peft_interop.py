@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 
 def adapted(model: nn.Module, **config: Any) -> nn.Module:
-    return io_toy.adapted(model, **{"norm": "frozen", **config})
+    return io_toy.adapted(model, **{"norm": "frozen", "bias": "none", **config})
 
 
 def vit(seed: int = 0) -> nn.Module:

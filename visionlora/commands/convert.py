@@ -23,6 +23,7 @@ from visionlora.io.card import GENERATED
 from visionlora.io.formats import (
     Format,
     Imported,
+    Written,
     detect,
     difference,
     lycoris_tensors,
@@ -52,13 +53,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=out.parent) as temporary:
         written = Path(temporary) / out.name
-        written_so = write(model, name, written, options)
+        content = write(model, name, written, options)
         lost, shares = difference(model, name, _read_back(model, written, options), name)
-        _check_equal(shares, written_so, out)
+        _check_equal(shares, content.decomposed, out)
         size = _place(written, out)
-    notices = [f"notice: {note}" for note in notes]
-    print("\n".join([*notices, *_report("read", read_so), *_report("written", written_so)]))
-    print(_summary(model, name, found, options.to))
+    notices = [f"notice: {note}" for note in (*notes, *content.notes)]
+    told = [*notices, *_report("read", read_so), *_report("written", content.decomposed)]
+    print("\n".join([*told, _summary(model, name, found, options.to)]))
     print(f"{out}: {readable_size(size)}, the change of the weights equal to {hypot(lost, _share(read_so)):.1e}")
     return 0
 
@@ -94,8 +95,8 @@ def read(model: nn.Module, source: Path, found: Format, options: argparse.Namesp
     return read_loralib(model, source, alpha=options.alpha, parts=parts)
 
 
-def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -> dict[str, Factors]:
-    """Write a file or a folder that does not exist yet; return the layers that it holds otherwise than the model."""
+def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -> Written:
+    """Write a file or a folder that does not exist yet; return what it holds where that is not ours."""
     if options.to == "visionlora":
         save_adapter(
             model,
@@ -103,17 +104,17 @@ def write(model: nn.Module, name: str, out: Path, options: argparse.Namespace) -
             name=name,
             data=data_config(model, model_args={"img_size": options.img_size} if options.img_size else None),
         )
-        return {}
+        return Written({})
     if options.to == "kohya":
         content = lycoris_tensors(model, name, prefix=options.prefix or "lycoris", rank=_rank(options))
         save_file(content.tensors, out)
-        return content.decomposed
+        return content
     content = peft_tensors(model, name, base_name=options.model or _base_name(model), rank=_rank(options))
     out.mkdir()
     write_atomic(out / PEFT_CONFIG, json.dumps(content.config, indent=2) + "\n")
     with atomic_path(out / WEIGHTS) as temporary:
         save_file(content.tensors, temporary, {"format": "pt"})
-    return content.decomposed
+    return content
 
 
 def _check_options(options: argparse.Namespace, found: Format, out: Path) -> None:

@@ -157,4 +157,5 @@ def _lora_config(config: dict[str, Any], layers: list[str]) -> LoraConfig:
         variant="dora" if config.get("use_dora") else "lora",
         use_rslora=config.get("use_rslora", False),
         bias=config.get("bias", "none"),
+        norm="frozen",
     )

@@ -56,6 +56,8 @@ def _imported(model: nn.Module, tensors: dict[str, Tensor], names: Layers) -> Im
         if family != "values":
             layers[layer] = _change(model, layer, family, own)
         changed = {_VALUES[leaf]: t for leaf, t in own.items() if leaf in _VALUES}
+        if "bias" in changed and "weight" in changed and not changed["weight"].count_nonzero():
+            del changed["weight"]  # a bias alone: some readers look for it only beside a weight
         if changed:
             values[layer] = {a: _value(model, layer, a, t) for a, t in changed.items()}
     return Imported(layers, values)

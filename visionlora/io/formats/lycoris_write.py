@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Container
+
 import torch
 from torch import Tensor, nn
 
 from visionlora.adapt import adapter_plan
 from visionlora.core.delta import Delta
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, geometry_of
+from visionlora.core.norms import is_norm
 from visionlora.io.formats.factors import Factors, decompose, dense_change, factors_of, is_smaller
 from visionlora.io.formats.names import Layers
 from visionlora.io.formats.written import Written, deltas, number, refuse, values
+from visionlora.plan import base_tensor
 from visionlora.variants.loha import LoHa
 from visionlora.variants.lokr import LoKr
 from visionlora.variants.tucker import Tucker
@@ -19,10 +23,8 @@ PREFIX = "lycoris"
 """What LyCORIS's own wrapper puts before the names of any model's layers."""
 
 _KINDS = ("linear", "conv1d_hf", "conv")
-_LEAVES = (
-    ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d), {"weight": "diff", "bias": "diff_b"}),
-    ((nn.LayerNorm, nn.GroupNorm), {"weight": "w_norm", "bias": "b_norm"}),
-)
+_FULL = {"weight": "diff", "bias": "diff_b"}
+_NORM = {"weight": "w_norm", "bias": "b_norm"}
 
 
 def lycoris_tensors(model: nn.Module, name: str, *, prefix: str = PREFIX, rank: int | None = None) -> Written:
@@ -31,43 +33,63 @@ def lycoris_tensors(model: nn.Module, name: str, *, prefix: str = PREFIX, rank: 
     A change that has no names there is written as LoRA where low-rank factors hold it, else in full (`diff`), or with
     `rank` as the nearest factors of at most that rank. Raises ConfigError for what cannot be written at all.
     """
-    names, tensors = Layers(model, prefix), {}  # type: Layers, dict[str, Tensor]
-    decomposed: dict[str, Factors] = {}
     refuse("a LyCORIS file", _reasons(model, name))
+    names, decomposed = Layers(model, prefix), {}  # type: Layers, dict[str, Factors]
+    found: dict[str, dict[str, Tensor]] = {}
     for site, delta, weight in deltas(model, name):
         own = _own_names(delta)
         if own is None:
             factors = _factors(delta, weight, rank)
             decomposed |= {site.name: factors} if factors is not None and factors.norm else {}
             own = {"diff": _full(delta, weight)} if factors is None else _lora(delta.geometry, factors)
-        tensors |= {f"{names.write(site.name)}.{leaf}": t for leaf, t in own.items()}
+        found[site.name] = own
+    notes = _notes(model, name, found)
     for layer, attribute, value, base in values(model, name):
-        leaf = _leaf(model.get_submodule(layer), attribute)
-        tensors[f"{names.write(layer)}.{leaf}"] = (value.double() - base.double()).to(value.dtype)
-    return Written({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, decomposed=decomposed)
+        leaf = _leaves(model.get_submodule(layer))[attribute]
+        found.setdefault(layer, {})[leaf] = (value.double() - base.double()).to(value.dtype)
+    for layer, own in found.items():
+        own |= _missing_weight(model.get_submodule(layer), own)
+    tensors = {f"{names.write(layer)}.{leaf}": t for layer, own in found.items() for leaf, t in own.items()}
+    return Written({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, {}, decomposed, notes)
 
 
 def _reasons(model: nn.Module, name: str) -> list[str]:
     sites = adapter_plan(model, name).sites
-    adapted = {site.name for site in sites}
     reasons = [f"{s.name} is no Linear and no convolution" for s in sites if s.geometry.kind not in _KINDS]
     for layer, attribute, value, base in values(model, name):
-        module = model.get_submodule(layer)
-        if _leaf(module, attribute) is None:
+        if attribute not in _leaves(model.get_submodule(layer)):
             reasons.append(f"the {attribute} of {layer or 'the model'} has no name in it")
-        elif layer in adapted or not _owns_weight(model, name, layer):
-            reasons.append(f"the bias of {layer} has no place in it without the whole weight")
         elif value.shape != base.shape:
             reasons.append(f"{layer} has the shape {tuple(value.shape)}, in the base {tuple(base.shape)}")
     return reasons
 
 
-def _leaf(module: nn.Module, attribute: str) -> str | None:
-    return next((leaves.get(attribute) for kinds, leaves in _LEAVES if isinstance(module, kinds)), None)
+def _notes(model: nn.Module, name: str, changed: Container[str]) -> list[str]:
+    """Return what LyCORIS's own loader does not do, where ComfyUI and we do."""
+    owned = adapter_plan(model, name).values
+    beside = [layer for layer in owned if layer in changed]
+    batch = [layer for layer in owned if isinstance(model.get_submodule(layer), nn.modules.batchnorm._BatchNorm)]
+    notes = []
+    if beside:
+        notes.append(f"{len(beside)} biases lie beside a change of rank (diff_b); LyCORIS's own loader leaves them out")
+    if batch:
+        notes.append(f"{len(batch)} BatchNorm layers are written (w_norm); LyCORIS's own loader has none")
+    return notes
 
 
-def _owns_weight(model: nn.Module, name: str, layer: str) -> bool:
-    return "weight" in adapter_plan(model, name).values.get(layer, {})
+def _leaves(module: nn.Module) -> dict[str, str]:
+    """Return the names that whole differences of a layer's tensors have."""
+    if is_norm(module):
+        return _NORM
+    geometry = geometry_of(module)
+    return _FULL if geometry is not None and geometry.kind in _KINDS else {}
+
+
+def _missing_weight(module: nn.Module, own: Collection[str]) -> dict[str, Tensor]:
+    """Return a difference of nothing where a bias is alone: readers look for it only beside a weight's."""
+    weight, leaves = base_tensor(module, "weight"), _leaves(module)
+    alone = set(own) == {leaves.get("bias")}
+    return {leaves["weight"]: torch.zeros_like(weight, dtype=torch.float32)} if alone and weight is not None else {}
 
 
 def _own_names(delta: Delta) -> dict[str, Tensor] | None:

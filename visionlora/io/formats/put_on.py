@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.adapt import activate, attach_plan
-from visionlora.config import LoraConfig
+from visionlora.config import Bias, LoraConfig
 from visionlora.core.geometry import Geometry
 from visionlora.errors import AdapterFileError
 from visionlora.io.formats.change import DENSE, Imported, LayerChange
@@ -31,12 +31,13 @@ def put_on(model: nn.Module, found: Imported, *, name: str = "default", rank: in
     _check_values(model, found)
     with torch.random.fork_rng(devices=[]):  # fresh changes draw numbers that are overwritten
         settled, extra, decomposed = _settled(model, found.layers, geometries, rank)
-        config = _config(settled, extra)
+        roles = _roles(model, found)
+        config = _config(settled, extra, any("bias" in own.values() for own in roles.values()))
         settled = {n: settled[n] for n, _ in model.named_modules() if n in settled}
         sites = [Site(n, geometries[n], c.rank, c.scale, parts=c.parts) for n, c in settled.items()]
         tensors = {f"{n}/weight/{key}": t for n, c in settled.items() for key, t in c.tensors.items()}
         tensors |= {f"{n}/{a}/value": t for n, own in found.values.items() for a, t in own.items()}
-        plan = Plan(config, tuple(sites), _roles(model, found))
+        plan = Plan(config, tuple(sites), roles)
         attach_plan(model, plan, tensors, name=name)
     activate(model, name)
     return decomposed
@@ -99,9 +100,10 @@ def _from_factors(factors: Factors) -> LayerChange:
     return LayerChange("lora" if factors.m is None else "dora", factors.rank, factors.scale, tensors)
 
 
-def _config(settled: dict[str, LayerChange], decompose_factor: int) -> LoraConfig:
+def _config(settled: dict[str, LayerChange], decompose_factor: int, biased: bool) -> LoraConfig:
+    bias: Bias = "all" if biased else "none"
     if not settled:
-        return LoraConfig(target_modules="none")
+        return LoraConfig(target_modules="none", norm="frozen", bias=bias)
     first = next(iter(settled.values()))
     r = Counter(change.rank for change in settled.values()).most_common(1)[0][0]
     scale = Counter(change.scale for change in settled.values()).most_common(1)[0][0]
@@ -111,6 +113,8 @@ def _config(settled: dict[str, LayerChange], decompose_factor: int) -> LoraConfi
         target_modules=list(settled),
         variant=first.variant,  # type: ignore[arg-type]
         decompose_factor=decompose_factor,
+        norm="frozen",
+        bias=bias,
     )
 
 
@@ -119,6 +123,6 @@ def _roles(model: nn.Module, found: Imported) -> dict[str, dict[str, Role]]:
     roles: dict[str, dict[str, Role]] = {}
     for layer, own in found.values.items():
         for attribute in own:
-            bias = attribute == "bias" and layer in found.layers
+            bias = attribute == "bias" and "weight" not in own
             roles.setdefault(layer, {})[attribute] = "head" if layer in heads else "bias" if bias else "saved"
     return roles
