@@ -181,6 +181,44 @@ def test_we_compute_what_peft_trained_and_saved_as_it_is(case: str, tmp_path: Pa
     assert close(outputs(fresh), y)
 
 
+PRODUCTS: dict[str, tuple[Callable[[], nn.Module], type, dict[str, Any], str]] = {
+    "loha": (vit, peft.LoHaConfig, {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}, "loha"),
+    "loha, patterns": (vit, peft.LoHaConfig, {"target_modules": ["qkv"], "rank_pattern": {"1.attn.qkv": 2}}, "loha"),
+    "loha with cores": (resnet, peft.LoHaConfig, {"target_modules": ["conv2"], "use_effective_conv2d": True}, "loha"),
+    "loha of kernels": (resnet, peft.LoHaConfig, {"target_modules": ["conv2"]}, "loha"),
+    "lokr": (vit, peft.LoKrConfig, {"target_modules": ["qkv", "fc1"]}, "lokr"),
+    "lokr of two low ranks": (
+        vit,
+        peft.LoKrConfig,
+        {"target_modules": ["fc1"], "decompose_both": True, "r": 2},
+        "lokr",
+    ),
+    "lokr with cores": (
+        resnet,
+        peft.LoKrConfig,
+        {"target_modules": ["conv2"], "r": 1, "decompose_factor": 2, "use_effective_conv2d": True},
+        "lokr",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_we_compute_peft_products(case: str, tmp_path: Path) -> None:
+    make, kind, config, variant = PRODUCTS[case]
+    wrapped = peft.get_peft_model(make(), kind(**{"r": 3, "alpha": 5, **config}))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    y, fresh = outputs(wrapped), make()
+    wrapped.save_pretrained(tmp_path)
+    assert (outputs(fresh) - y).abs().max() > 1e-3
+    put_on(fresh, read_peft(fresh, tmp_path))
+    assert close(outputs(fresh), y)
+    assert adapter_plan(fresh, "default").config.variant == variant
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_a_start_that_moved_the_base_is_refused_without_the_base(start: str, tmp_path: Path) -> None:
     trained(vit(), tmp_path, init_lora_weights=start, target_modules=["qkv"])

@@ -34,31 +34,39 @@ def plan_from_peft(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
     """Return the plan part of a record for a config and the tensors, {key in the file: shape}, that PEFT wrote."""
     _check_fields(config)
     found = {core_key(key): shape for key, shape in shapes.items()}
-    ranks, alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
-    for pattern, rank in ranks.items():
-        _check_rank(f"rank_pattern.{pattern}", rank)
     layers, values = {}, {}  # type: dict[str, Any], dict[str, dict[str, str]]
-    rslora = config.get("use_rslora", False)
     for key in found:
         layer, attribute, tensor = key.split("/")
         if tensor == "value":
             biased = attribute == "bias" and config.get("bias", "none") != "none"
             values.setdefault(layer, {})[attribute] = "bias" if biased and not _is_saved(layer, config) else "saved"
         elif layer not in layers:
-            rank = _resolve(ranks, layer, config.get("r", 8))
-            alpha = _resolve(alphas, layer, config.get("lora_alpha", 8))
-            scale = alpha / (math.sqrt(rank) if rslora else rank)
+            rank, alpha = rank_and_alpha(config, layer)
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora", False) else rank)
             layers[layer] = {"attribute": "weight", "rank": rank, "scale": scale, "parts": {}}
     return {"config": _lora_config(config, list(layers)).to_dict(), "layers": layers, "values": values}
 
 
-def _check_fields(config: dict[str, Any]) -> None:
+def rank_and_alpha(config: dict[str, Any], layer: str, alpha: str = "lora_alpha") -> tuple[int, float]:
+    """Return the rank and the alpha of a layer. Raises AdapterFileError where the config holds no such numbers."""
+    _check_rank("r", config.get("r", 8))
+    _check_alpha(alpha, config.get(alpha, 8))
+    rank = _resolve(_patterns(config, "rank_pattern"), layer, config.get("r", 8))
+    return rank, _resolve(_patterns(config, "alpha_pattern"), layer, config.get(alpha, 8))
+
+
+def check_known(config: dict[str, Any], known: frozenset[str]) -> None:
+    """Raise AdapterFileError for a field that is on and whose maths we do not know."""
     for field, value in config.items():
         off = value is None or value is False or value in ({}, [])
-        if field not in _USED and field not in _IGNORED and not off:
+        if field not in known and field not in _IGNORED and not off:
             raise AdapterFileError(
                 f"{short(field)}: expected it to be off, found {short(value)}; we do not know its maths"
             )
+
+
+def _check_fields(config: dict[str, Any]) -> None:
+    check_known(config, _USED)
     if config.get("peft_type") != "LORA":
         raise wrong("peft_type", "LORA", config.get("peft_type"))
     _check_start(config)
@@ -69,8 +77,7 @@ def _check_fields(config: dict[str, Any]) -> None:
         raise wrong("bias", "none, lora_only or all", config["bias"])
     if not all(isinstance(name, str) for name in _saved(config)):
         raise wrong("modules_to_save", "a list of module names", config["modules_to_save"])
-    _check_rank("r", config.get("r", 8))
-    _check_alpha("lora_alpha", config.get("lora_alpha", 8))
+    rank_and_alpha(config, "")
     dropout = config.get("lora_dropout", 0.0)
     if not is_finite(dropout) or not 0 <= dropout < 1:
         raise wrong("lora_dropout", "a number in [0, 1)", dropout)

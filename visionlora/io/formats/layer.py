@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from visionlora.config import LoraConfig
+from visionlora.config import LoraConfig, did_you_mean
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import Geometry, geometry_of
 from visionlora.errors import AdapterFileError
@@ -13,6 +13,15 @@ from visionlora.io.formats.change import DENSE, LayerChange
 from visionlora.io.formats.factors import dense_change
 from visionlora.plan import base_tensor
 from visionlora.variants import VARIANTS
+
+
+def known_layer(model: nn.Module, layer: str) -> str:
+    """Return a name that a module of the model has. Raises AdapterFileError."""
+    names = dict(model.named_modules())
+    if layer not in names:
+        near = did_you_mean(layer, list(names))
+        raise AdapterFileError(f"{type(model).__name__} has no layer {layer!r}, which the file changes{near}")
+    return layer
 
 
 def layer_geometry(model: nn.Module, layer: str) -> Geometry:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from visionlora.core.geometry import Geometry
 from visionlora.errors import AdapterFileError
 from visionlora.io.formats.change import Imported, LayerChange
-from visionlora.io.formats.layer import base_weight, layer_geometry, own_value
+from visionlora.io.formats.layer import base_weight, known_layer, layer_geometry, own_value
 from visionlora.io.formats.lycoris_layer import Leaves
+from visionlora.io.formats.peft_products import READERS, read_products
 from visionlora.io.formats.tensors import read_safetensors
 from visionlora.io.header import open_inside
 from visionlora.io.keys import PEFT, core_key
@@ -21,7 +22,6 @@ from visionlora.io.read import PEFT_CONFIG, WEIGHTS
 from visionlora.io.strict import parse_object, wrong
 
 _MAX_JSON = 8 << 20  # bytes
-_EMBEDDING = {".lora_embedding_A": ".lora_A.weight", ".lora_embedding_B": ".lora_B.weight"}
 _WRAPPED = ".base_layer.weight"
 _SLACK = 1e-3
 """Largest share of the weight by which the starting factors may differ between two machines' decompositions."""
@@ -33,7 +33,8 @@ def read_peft(model: nn.Module, source: Path) -> Imported:
     tensors = read_safetensors(path)
     config = _config(path.parent / PEFT_CONFIG)
     try:
-        return _imported(model, config, _plain_names(model, tensors))
+        read = read_products if config.get("peft_type") in READERS else _imported
+        return read(model, config, _relevant(model, tensors))
     except AdapterFileError as e:
         raise AdapterFileError(f"{path.parent}: {e}") from None
 
@@ -49,16 +50,13 @@ def _config(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path}: {e}") from None
 
 
-def _plain_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that matter under the names that Linear layers have in PEFT."""
+def _relevant(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without step counters, second copies of saved biases and the table of an embedding."""
     found = {}
     for key, tensor in tensors.items():
         if not key.startswith(PEFT):
             raise wrong("a tensor name", f"{PEFT}<layer>.<tensor>", key)
-        ending = next((e for e in _EMBEDDING if key.endswith(e)), None)
-        if ending is not None:
-            key = key.removesuffix(ending) + _EMBEDDING[ending]
-        elif key.endswith(_WRAPPED):  # PEFT saves the table itself beside an adapted input embedding
+        if key.endswith(_WRAPPED):  # PEFT saves the table itself beside an adapted input embedding
             _check_same(model, key.removeprefix(PEFT).removesuffix(_WRAPPED), tensor)
             continue
         twin = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
@@ -68,7 +66,7 @@ def _plain_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _check_same(model: nn.Module, layer: str, tensor: Tensor) -> None:
-    base = own_value(model, _known(model, layer), "weight")
+    base = own_value(model, known_layer(model, layer), "weight")
     if base.shape != tensor.shape or not torch.equal(base, tensor.to(base.dtype)):
         raise AdapterFileError(
             f"{layer}: the file brings the table it was trained on, and this model has another "
@@ -85,7 +83,7 @@ def _imported(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tenso
     for key, tensor in tensors.items():
         layer, attribute, leaf = core_key(key).split("/")
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        own.setdefault(_known(model, layer), {}).setdefault(attribute, {})[leaf] = wide
+        own.setdefault(known_layer(model, layer), {}).setdefault(attribute, {})[leaf] = wide
     layers, notes = {}, []
     for layer, entry in plan["layers"].items():
         change = _change(layer, layer_geometry(model, layer), own[layer]["weight"], entry)
@@ -94,12 +92,6 @@ def _imported(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tenso
         notes.append(f"{mutated} had moved part of the base into the adapter; that part was taken out again, rank x 2")
     values = {n: {a: own[n][a]["value"] for a in attributes} for n, attributes in plan["values"].items()}
     return Imported(layers, values, notes)
-
-
-def _known(model: nn.Module, layer: str) -> str:
-    if layer not in dict(model.named_modules()):
-        raise AdapterFileError(f"{type(model).__name__} has no layer {layer!r}, which the file changes")
-    return layer
 
 
 def _change(layer: str, geo: Geometry, own: dict[str, Tensor], entry: dict[str, Any]) -> LayerChange:
