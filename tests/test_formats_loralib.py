@@ -131,6 +131,19 @@ def test_a_file_that_does_not_fit_is_refused(change: Any, words: str, tmp_path: 
     assert not hasattr(model, "_visionlora")
 
 
+def test_a_transposed_layer_of_transformers_is_adapted_too(tmp_path: Path) -> None:
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    ours = nn.Sequential(utils.Conv1D(36, 12))
+    own = {"r": 2, "lora_alpha": 6, "enable_lora": [True, False, True], "merge_weights": False}
+    theirs = loralib.MergedLinear(12, 36, fan_in_fan_out=True, **own)
+    theirs.weight.data, theirs.bias.data = ours[0].weight.data, ours[0].bias.data
+    nn.init.normal_(theirs.lora_B)
+    torch.save({f"0.{key}": t for key, t in loralib.lora_state_dict(theirs).items()}, tmp_path / "a.pt")
+    put_on(ours, read_loralib(ours, tmp_path / "a.pt", alpha=6, parts=("q", "v")))
+    x = torch.randn(5, 12)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+
+
 def test_a_timm_model_is_adapted_too(tmp_path: Path) -> None:
     model = timm_model("test_vit", img_size=64)
     name, rows = "blocks.0.attn.qkv", model.blocks[0].attn.qkv.out_features

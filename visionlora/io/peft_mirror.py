@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from visionlora.adapt import adapted_layers
 from visionlora.config import LoraConfig
-from visionlora.core.attach import Adapted, Branched, own_class
+from visionlora.core.attach import Adapted, Branched, own_class, own_modules
 from visionlora.io.keys import PEFT, file_keys
 from visionlora.plan import Plan
 from visionlora.targets import Site
@@ -77,9 +76,8 @@ def layer_reason(model: nn.Module, site: Site) -> str | None:
 
 
 def own_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's modules without those of its adapters."""
-    inside = tuple(f"{name}.adapters" if name else "adapters" for name in adapted_layers(model))
-    return [n for n, _ in model.named_modules() if n and not (inside and n.startswith(inside))]
+    """Return the names of the modules inside a model without those of its adapters."""
+    return [name for name in own_modules(model) if name]
 
 
 def _layout_reason(plan: Plan, site: Site) -> str | None:

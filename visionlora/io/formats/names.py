@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from visionlora.config import did_you_mean
+from visionlora.core.attach import own_modules
 from visionlora.errors import AdapterFileError, ConfigError
 
 PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_transformer", "lora")
@@ -22,7 +23,7 @@ class Layers:
     def __init__(self, model: nn.Module, prefix: str | None = None) -> None:
         self.model_name, self.prefix = type(model).__name__, prefix
         self.found: dict[str, list[str]] = {}
-        for name, module in model.named_modules():
+        for name, module in own_modules(model).items():
             if name and any(p is not None for p in module._parameters.values()):
                 self.found.setdefault(flat("", name), []).append(name)
 
