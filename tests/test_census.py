@@ -36,18 +36,24 @@ def test_every_model_module_of_timm_is_here() -> None:
 @pytest.mark.parametrize("net", marked({net.name for nets in FAMILIES.values() for net in nets[1:]}))
 def test_auto_takes_layers_that_see_the_image_and_no_stem_gate_or_head(net: Net) -> None:
     model, x = on_meta(net)
-    keys, before = set(model.state_dict()), {key: t.shape for key, t in model.state_dict().items()}
+    keys = set(model.state_dict())
     vl.apply_lora(model, CONFIG)
     sites = {site.layer for site in adapter_plan(model, "default").sites}
-    heads = head_layers(model)
     assert sites
-    assert not sites & set(heads)
+    assert not sites & set(head_layers(model))
     assert set(vl.base_state_dict(model)) == keys
     check_choice(model, x)
-    vl.remove(model)
+
+
+@pytest.mark.parametrize("net", [nets[0] for nets in FAMILIES.values()], ids=lambda net: net.name)
+def test_all_that_depends_on_the_number_of_classes_is_head(net: Net) -> None:
+    model, _ = on_meta(net)
+    before = {key: t.shape for key, t in model.state_dict().items()}
     model.reset_classifier(11)
     after = {key: t.shape for key, t in model.state_dict().items()}
-    assert {key.rpartition(".")[0] for key in after if after[key] != before.get(key)} <= set(heads)
+    follow = {key.rpartition(".")[0] for key in after if after[key] != before.get(key)}
+    assert follow
+    assert follow <= set(head_layers(model))
 
 
 @pytest.mark.parametrize("net", marked({net.name for net in NETS if net.slow}))
