@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -44,22 +45,22 @@ def answer(
     num_classes: int,
     *,
     most_batches: int | None = None,
-    context: AbstractContextManager[Any] | None = None,
+    precision: Precision | None = None,
 ) -> Answers:
     """Return the answers of a model in eval mode; the mode is put back. Every process that calls it sees all images.
 
     Raises DataError for a label outside the classes, NonFiniteError for predictions that are no numbers.
     """
-    device = next(net.parameters()).device
+    device, precision = next(net.parameters()).device, precision or Precision()
     scores, rows = Scores(num_classes, device, shared=False), []
     training, seen = net.training, 0
     net.eval()
     try:
-        with torch.no_grad(), context or nullcontext():
+        with torch.no_grad(), precision.forward_context():
             for item in islice(iter(loader), most_batches):
                 batch = as_batch(item)
                 check_labels(batch.labels, num_classes)
-                logits = net(batch.images.to(device)).float()
+                logits = net(precision.convert_input(batch.images.to(device))).float()
                 scores.update(logits, batch.labels.to(device))
                 confidence, predicted = logits.softmax(-1).max(-1)
                 places = batch.indices if item is batch else batch.indices + seen
@@ -94,8 +95,9 @@ def answers_by_set(trainer: Trainer, module: ImageClassifier) -> dict[str, Answe
     found = {}
     for name, loader in loaders_by_set(trainer).items():
         most = limit if isinstance(limit, int) else int(limit * len(loader)) if limit < 1 else None
-        context = trainer.precision_plugin.forward_context()
-        found[name] = answer(module.net, loader, len(module.class_names), most_batches=most, context=context)
+        found[name] = answer(
+            module.net, loader, len(module.class_names), most_batches=most, precision=trainer.precision_plugin
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision
 from torch import nn
 
 from visionlora.adapt import disabled
@@ -58,11 +59,15 @@ class RunReport(Callback):
         self._unknown: str | None = None
         """Why the base cannot name the classes; empty where it can, None before the fit."""
         self._seconds, self._since = 0.0, 0.0
+        self._base = ""
+        """Fingerprint of the base as the run trains on it: precision bf16-true or 64-true casts it first."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _checked(pl_module)
         if self._unknown is None:  # a resumed run has it from its checkpoint: in mode full the base is gone
             self._unknown = _ignorance(module)
+        cast = isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision))
+        self._base = _fingerprint(trainer, module) if cast else module.fingerprint()
         fresh = trainer.ckpt_path is None and not trainer.fast_dev_run
         if module.config is None and fresh and not self._unknown and measured_here(trainer, module.net):
             self._before = {name: answers.result for name, answers in answers_by_set(trainer, module).items()}
@@ -82,13 +87,27 @@ class RunReport(Callback):
         with shipped(module, saved):
             after = answers_by_set(trainer, module)
         before = self._answers_before(trainer, module)
-        with whole_in_first_process(module):
-            if trainer.is_global_zero:
-                results = {n: before[n].result for n in before} or self._before
-                sets = {n: SetScores(a.result, results.get(n)) for n, a in after.items()}
-                self.closing = _closing(trainer, module, saved, sets, seconds, memory, self._unknown or "")
-                self._write(folder, trainer, module, self.closing, after, before)
-                self.show(str(self.closing))
+        unchanged = None if module.config is None else _fingerprint(trainer, module) == self._base
+        if trainer.is_global_zero:
+            results = {n: before[n].result for n in before} or self._before
+            self.closing = Closing(
+                {n: SetScores(a.result, results.get(n)) for n, a in after.items()},
+                classes=len(module.class_names),
+                mode=module.hparams.mode,
+                trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
+                base=_parameters(module.net),
+                saved=str(saved),
+                size=(saved / (FULL if module.config is None else ADAPTER)).stat().st_size,
+                seconds=seconds,
+                epochs=trainer.current_epoch,
+                steps=trainer.global_step,
+                memory=memory[0],
+                memory_of=memory[1],
+                base_unchanged=unchanged,
+                notes=_notes(self._unknown or "", len(module.class_names)),
+            )
+            self._write(folder, trainer, module, self.closing, after, before)
+            self.show(str(self.closing))
 
     def state_dict(self) -> dict[str, Any]:
         before = {name: asdict(result) for name, result in self._before.items()}
@@ -137,32 +156,10 @@ def _checked(module: LightningModule) -> ImageClassifier:
     return module
 
 
-def _closing(
-    trainer: Trainer,
-    module: ImageClassifier,
-    saved: Path,
-    sets: dict[str, SetScores],
-    seconds: float,
-    memory: tuple[int | None, str],
-    unknown: str,
-) -> Closing:
-    classes, adapts = len(module.class_names), module.config is not None
-    return Closing(
-        sets,
-        classes=classes,
-        mode=module.hparams.mode,
-        trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
-        base=_parameters(module.net),
-        saved=str(saved),
-        size=(saved / (ADAPTER if adapts else FULL)).stat().st_size,
-        seconds=seconds,
-        epochs=trainer.current_epoch,
-        steps=trainer.global_step,
-        memory=memory[0],
-        memory_of=memory[1],
-        base_unchanged=fingerprint(module.net) == module.fingerprint() if adapts else None,
-        notes=_notes(unknown, classes),
-    )
+def _fingerprint(trainer: Trainer, module: ImageClassifier) -> str:
+    """Return the hash of the base as it is, in the first process only; every process must call it."""
+    with whole_in_first_process(module):
+        return fingerprint(module.net) if trainer.is_global_zero else ""
 
 
 def _saved(trainer: Trainer, module: ImageClassifier, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.ema import averaged
 from visionlora.training.fsdp2 import whole_checkpoints
 from visionlora.training.gather import whole_in_first_process
-from visionlora.training.loops import between_steps, in_fit, validate_again
+from visionlora.training.loops import between_steps, in_fit, validate_again, validation_follows
 from visionlora.training.rates import Rates
 from visionlora.training.record import check_fits, filter_frozen, make_record, plain_settings
 
@@ -56,7 +56,7 @@ class AdapterCheckpoint(Checkpoint):
         """Value of the monitored metric when `adapter/` was written."""
         self.best_step: int | None = None
         self._fingerprint = ""
-        self._saved_at = -1
+        self._saved_at, self._due = -1, False
         self._rates = Rates()
 
     @property
@@ -100,14 +100,22 @@ class AdapterCheckpoint(Checkpoint):
         self._rates.apply(trainer)
         self._saved_at = trainer.global_step
         if self.best is not None and not trainer.strategy.broadcast(self.adapter_path.is_dir()):
-            log.info("no adapter at %s: the best one is chosen anew", self.adapter_path)
+            if trainer.is_global_zero:
+                log.info("no adapter at %s: the best one is chosen anew", self.adapter_path)
             self.best = self.best_step = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every_n_steps and step % self.every_n_steps == 0 and step != self._saved_at:
+        self._due = bool(self.every_n_steps) and step % self.every_n_steps == 0 and step != self._saved_at
+        # from a file of here a resumed run would not go back to the validation and the end of the epoch that follow;
+        # there it is saved too
+        if self._due and not validation_follows(trainer) and batch_idx + 1 < trainer.num_training_batches:
+            self.save_last(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if in_fit(trainer) and self._due:
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,7 +139,7 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.is_global_zero and self.last_path.exists():
             _keep(self.last_path, self.last_path.with_name("previous.ckpt"))
         trainer.save_checkpoint(self.last_path)
-        self._saved_at = trainer.global_step
+        self._saved_at, self._due = trainer.global_step, False
         return self.last_path
 
     def _improved(self, trainer: Trainer) -> bool:

@@ -15,7 +15,7 @@ from visionlora.training.gather import gathered, like, reshard
 
 
 class AdapterEMA(Callback):
-    """Average the trainable tensors over optimiser steps; validate and ship the average, train the raw values.
+    """Average the trainable tensors over optimiser steps; measure and ship the average, train the raw values.
 
     The decay rises as (1 + n) / (10 + n) up to `decay`, so that a short run is not stuck at its first weights.
     The averages are float32 and part of the checkpoint. After training the model holds the average.
@@ -76,6 +76,9 @@ class AdapterEMA(Callback):
         if self.swapped:
             self.swap_out(pl_module)
 
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.swapped:
             self.swap_out(pl_module)
@@ -116,4 +119,4 @@ def _trainable(module: torch.nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        tensor.copy_(like(source[name], tensor))

@@ -115,5 +115,5 @@ def _check_unchanged(then: list[dict[str, Any]] | None, now: list[dict[str, Any]
 def _restore_rng(state: dict[str, Any] | None, trainer: Trainer) -> None:
     if state is not None and trainer.world_size == 1:
         set_rng_state(state)
-    else:
+    elif trainer.is_global_zero:
         log.info("random numbers (dropout, augmentation) start anew; the order of the samples does not")

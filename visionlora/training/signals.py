@@ -125,7 +125,9 @@ class StopOnSignal(Checkpoint):
     def _save_and_stop(self, trainer: Trainer, number: int) -> None:
         path = self.checkpoint.save_last(trainer)
         trainer.strategy.barrier("stopped by signal")
-        log.warning("stopped by %s at step %d; go on from %s", signal.Signals(number).name, trainer.global_step, path)
+        if trainer.is_global_zero:
+            name = signal.Signals(number).name
+            log.warning("stopped by %s at step %d; go on from %s", name, trainer.global_step, path)
         raise StoppedBySignal(_exit_code(trainer, number))
 
 
