@@ -130,7 +130,9 @@ def rank_of(variant: str, kind: str) -> int:
 
 
 def config_of(variant: str, kind: str, **config: object) -> vl.LoraConfig:
-    return vl.LoraConfig(target_modules=[LAYERS[kind].target], variant=variant, modules_to_save="none", **config)  # type: ignore[arg-type]
+    """Return a config that changes the one tensor of the kind and nothing else."""
+    named = {"target_modules": [LAYERS[kind].target], "modules_to_save": "none", "bias": "none", **config}
+    return vl.LoraConfig(variant=variant, **named)  # type: ignore[arg-type]
 
 
 RANKS = {(v, k): rank for v in VARIANTS for k in LAYERS if (rank := rank_of(v, k))}

@@ -53,6 +53,20 @@ def test_two_active_adapters_add_up(variant: str, kind: str) -> None:
     assert torch.equal(model.state_dict()[path], base)
 
 
+def test_biases_and_scales_of_two_adapters_add_up() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    for name in ("a", "b"):
+        vl.apply_lora(model, vl.LoraConfig(r=1, target_modules=["0", "2"], norm="affine", bias="all"), name=name)
+        stir(model, name)
+    base = vl.base_state_dict(model)
+    vl.activate(model, {"a": 1.0, "b": 0.5})
+    for key in ("0.bias", "1.weight", "1.bias"):
+        layer, attribute = adapted_layers(model)[key[0]], key[2:]
+        a, b = (layer.adapters[name][attribute].value for name in ("a", "b"))
+        assert_close(getattr(layer, attribute), base[key] + (a - base[key]) + 0.5 * (b - base[key]))
+
+
 def test_switching_and_summing_compile_once() -> None:
     model, x = fleet(NAMES)
     counter = CompileCounterWithBackend("eager")

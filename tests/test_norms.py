@@ -126,7 +126,7 @@ def test_affine_trains_scale_and_shift_of_every_kind_of_norm() -> None:
     for name, suffix in (("resnet10t", "bn1"), ("vit_tiny_patch16_224", "norm1")):
         kwargs = {"img_size": 32, "depth": 1} if "vit" in name else {}
         model = timm.create_model(name, num_classes=4, **kwargs)
-        vl.apply_lora(model, vl.LoraConfig(target_modules="none", norm="affine"))
+        vl.apply_lora(model, vl.LoraConfig(target_modules="none", norm="affine", bias="none"))
         groups = vl.adapter_parameters(model, "default")
         assert set(groups) == {"norm", "head"}
         layer = next(n for n, _ in model.named_modules() if n.endswith(suffix))

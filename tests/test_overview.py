@@ -31,7 +31,7 @@ def test_a_row_counts_the_change_and_its_share_of_the_layer(net: nn.Module) -> N
 def test_totals_agree_with_the_tensors_and_the_base() -> None:
     model = timm.create_model("test_resnet", num_classes=3)
     base = sum(p.numel() for p in model.parameters())
-    apply_lora(model, LoraConfig(r=2, norm="stats-affine"))
+    apply_lora(model, LoraConfig(r=2, norm="stats-affine", bias="none"))
     found, state = summary(model), adapter_state(model, "default")
     starts = sum(t.numel() for key, t in state.items() if key.endswith("/start"))
     assert found.parameters == sum(t.numel() for t in state.values()) - starts
@@ -62,7 +62,7 @@ def test_every_skipped_layer_has_a_reason() -> None:
 
 
 def test_the_printed_table_names_layers_totals_and_reasons(net: nn.Module) -> None:
-    text = str(summary(apply_lora(net, LoraConfig(r=2, target_modules=["0"]), name="cam")))
+    text = str(summary(apply_lora(net, LoraConfig(r=2, target_modules=["0"], bias="none"), name="cam")))
     assert text.splitlines()[0].split() == ["layer", "class", "how", "rank", "scale", "parameters", "of", "layer"]
     assert "adapter cam: 1 layers, 48 parameters (48 trainable)" in text
     assert "left alone: not meant by target_modules=['0']: 2" in text

@@ -142,7 +142,7 @@ def test_a_layer_that_hides_its_inputs_is_refused() -> None:
 
 def test_ranks_go_where_the_energy_is_within_the_budget() -> None:
     model = convs()
-    config = vl.LoraConfig(r=3, target_modules=["0", "2"], modules_to_save="none")
+    config = vl.LoraConfig(r=3, target_modules=["0", "2"], modules_to_save="none", bias="none")
     uniform = vl.summary(vl.apply_lora(copy.deepcopy(model), config)).parameters
     spent = vl.allocate_ranks(model, config, images())
     assert not vl.adapter_names(model)

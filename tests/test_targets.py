@@ -112,7 +112,7 @@ def test_the_head_is_low_rank_only_when_named_in_full(resnet: nn.Module) -> None
     with pytest.raises(TargetError, match="only the classifier head"):
         names(model, target_modules=["fc"], r=2)
     assert names(resnet, target_modules=["fc"], r=2) == ["fc"]
-    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["0.fc"]))
+    vl.apply_lora(model, vl.LoraConfig(r=2, bias="none", target_modules=["0.fc"]))
     assert set(vl.adapter_parameters(model, "default")) == {"A", "B"}
     vl.remove(model)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
 from visionlora.core.attach import Adapted, attach, detach, set_active, whole
 from visionlora.core.delta import Delta, Value
+from visionlora.core.norms import STATISTICS
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
 
@@ -91,8 +92,8 @@ def activate(model: nn.Module, name: str | list[str] | dict[str, float], strengt
     Strength 0 is the base, 1 the adapter, between them a mix that often keeps the target and regains the rest
     (Wortsman et al. 2022, arXiv:2109.01903). Weights, head and normalisation scale together.
 
-    Several names, or several {name: strength}, run at once: their weight changes add up. Only one of them may own a
-    head, a bias or a normalisation; give the others strength by combining them instead.
+    Several names, or several {name: strength}, run at once: their changes of weights and biases add up. Only one of
+    them may own a head or BatchNorm statistics; combine such adapters into one instead.
 
     >>> net = nn.Sequential(nn.Linear(8, 8))
     >>> for camera in ("night", "rain"):
@@ -203,6 +204,7 @@ def build_like(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> Chan
                     layer_changes[attribute] = Value(
                         change.value.new_zeros(value.shape, dtype=value.dtype),
                         trainable=change.trainable,
+                        additive=change.additive,
                         start=None if start is None else change.value.new_zeros(start.shape, dtype=start.dtype),
                     )
     return changes
@@ -329,6 +331,8 @@ def _check_owners(registry: Registry, names: Iterable[str]) -> None:
     for name in names:
         for layer, attributes in registry.plans[name].values.items():
             for attribute, role in attributes.items():
+                if role != "head" and attribute not in STATISTICS:
+                    continue  # differences from the base, which add up
                 other = owner.setdefault((layer, attribute), name)
                 if other != name:
                     raise StateError(

@@ -39,12 +39,13 @@ class LoraConfig:
     "spatial": learned filters mixed per channel (for depthwise layers), "vera" and "ia3": vectors alone."""
     decompose_factor: int = -1
     """Of "lokr": the largest side of the first Kronecker factor; -1 makes both factors as square as they go."""
-    norm: Norm = "affine"
-    """Normalisation layers: "affine" trains their scale and shift, "frozen" nothing (leaner: no activation is kept
-    for them). BatchNorm keeps the statistics of the base in both; "stats" and "stats-affine" re-estimate them once on
-    the target data. In none of them do statistics drift while training."""
-    bias: Bias = "none"
-    """Also train the biases of the adapted layers ("lora_only") or of every layer ("all")."""
+    norm: Norm = "frozen"
+    """Normalisation layers: "frozen", or "affine" to train their scale and shift, which keeps an activation for each of
+    them. BatchNorm has the statistics of the base in both; "stats" and "stats-affine" re-estimate them once on the
+    target data. In none of them do statistics drift while training."""
+    bias: Bias = "all"
+    """Also train the biases of every layer, normalisation included ("all"), of the adapted ones ("lora_only") or of
+    none ("none"). A bias costs a number a channel and no activation memory."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023): the strength no longer shrinks as the rank grows."""
     rank_pattern: dict[str, int] = field(default_factory=dict)

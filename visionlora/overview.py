@@ -160,7 +160,7 @@ def _base_parameters(model: nn.Module) -> int:
 
 
 def _skipped(model: nn.Module, plan: Plan) -> dict[str, str]:
-    changed = {site.name for site in plan.sites} | set(plan.values)
+    changed = {site.name for site in plan.sites} | {n for n, owned in plan.values.items() if "weight" in owned}
     heads = head_layers(model)
     candidates = {n: geo for n, geo in layers_and_projections(model).items() if n not in changed}
     return {name: _reason(geo, name in heads, plan) for name, geo in candidates.items()}

@@ -148,7 +148,9 @@ def _value(layer: nn.Module, attribute: str, role: Role) -> Value:
     assert base is not None
     small_head = role == "head" and base.numel() <= _SMALL_HEAD
     value = base.detach().float() if role == "head" and base.is_floating_point() and base.itemsize < 4 else base
-    return Value(value, trainable=attribute in layer._parameters, start=value if small_head else None)
+    trainable = attribute in layer._parameters
+    start = value if small_head else None
+    return Value(value, trainable=trainable, start=start, additive=trainable and role != "head")
 
 
 def _recorded_site(name: str, layer: nn.Module, entry: dict[str, Any]) -> Site:

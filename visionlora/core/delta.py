@@ -90,9 +90,11 @@ class Value(Change):
     base does not know (fresh classes), a stored one.
     """
 
-    def __init__(self, value: Tensor, *, trainable: bool, start: Tensor | None = None) -> None:
+    def __init__(self, value: Tensor, *, trainable: bool, start: Tensor | None = None, additive: bool = False) -> None:
         super().__init__()
         self.trainable = trainable
+        self.additive = additive
+        """Several adapters may change the tensor at once: their differences from the base add up."""
         self.anchored = True
         """False: the base's tensor is not the one this value was trained from, so only strength 1 has a meaning."""
         if trainable:
@@ -105,6 +107,8 @@ class Value(Change):
     start: Tensor | None
 
     def onto(self, total: Tensor, base: Tensor, strength: float) -> Tensor:
+        if total is not base and self.additive:
+            return total + strength * (self.value - base)
         if total is not base:
             raise StateError("two active adapters own the same head, bias or normalisation; activate one of them")
         if strength == 1:
