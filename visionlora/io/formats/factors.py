@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from math import prod
+from math import hypot, prod
 
 import torch
 from torch import Tensor
 
 from visionlora.core.delta import Delta, Parts
 from visionlora.core.geometry import Geometry
+from visionlora.io.formats.products import NUMERIC, thin
 from visionlora.variants import LowRank
 from visionlora.variants.dora import DoRA
 from visionlora.variants.ia3 import IA3
-
-NUMERIC = 1e-10
-"""Singular values below this share of the largest are rounding of the float32 factors."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,16 @@ class Factors:
 def factors_of(delta: Delta, weight: Tensor, *, dora: bool = True) -> Factors:
     """Return a change in factors; the weight is (out, in, *kernel).
 
-    LoRA, DoRA and parts of a fused layer keep their numbers. Everything else, and DoRA where it may not stay one, is
-    decomposed in float64 at its own rank, so that only rounding is lost.
+    LoRA, DoRA and parts of a fused layer keep their numbers. Products of thin matrices are multiplied out; everything
+    else, and DoRA where it may not stay one, is decomposed in float64 at its own rank. Only rounding is lost.
     """
     if isinstance(delta, IA3) and dora:
         return _rescaled(delta, weight)
     kept = _low_rank(delta)
     if kept is None or (not dora and any(isinstance(leaf, DoRA) for _, leaf in kept)):
+        pair = thin(delta)
+        if pair is not None:
+            return _rounded(delta.geometry, delta.scale * pair[0], pair[1])
         return decompose(delta.geometry, dense_change(delta, weight))
     return _side_by_side(delta.geometry, kept, _magnitude(kept, weight))
 
@@ -72,10 +73,8 @@ def decompose(geometry: Geometry, change: Tensor, rank: int | None = None) -> Fa
     own = max(1, int((NUMERIC * S.max() < S).sum(dim=1).max()))
     r = own if rank is None else min(rank, own)
     root = S[:, :r].sqrt()
-    A, B = (root.unsqueeze(2) * V[:, :r]).float(), (U[:, :, :r] * root.unsqueeze(1)).float()
-    found = Factors(*_shaped(geometry, A, B), 1.0)
-    lost = product(geometry, found) - change.double().reshape(geometry.shape)
-    return replace(found, error=float(lost.norm()), norm=float(S.norm()))
+    found = _rounded(geometry, U[:, :, :r] * root.unsqueeze(1), root.unsqueeze(2) * V[:, :r])
+    return replace(found, error=float(hypot(found.error, float(S[:, r:].norm()))), norm=float(S.norm()))
 
 
 def product(geometry: Geometry, factors: Factors) -> Tensor:
@@ -96,9 +95,12 @@ def row_norm(weight: Tensor) -> Tensor:
     return norm
 
 
-def _shaped(geometry: Geometry, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    r, ones = B.shape[-1], [1] * len(geometry.kernel)
-    return A.reshape(geometry.groups * r, geometry.in_, *geometry.kernel), B.reshape(geometry.out, r, *ones)
+def _rounded(geometry: Geometry, B: Tensor, A: Tensor) -> Factors:
+    """Return factors given in float64, (groups,) rows first, as float32 in our layout, and what the rounding lost."""
+    r, ones, whole = B.shape[-1], [1] * len(geometry.kernel), (B @ A).reshape(geometry.shape)
+    A, B = A.reshape(geometry.groups * r, geometry.in_, *geometry.kernel), B.reshape(geometry.out, r, *ones)
+    found = Factors(A.float(), B.float(), 1.0)
+    return replace(found, error=float((product(geometry, found) - whole).norm()), norm=float(whole.norm()))
 
 
 def _low_rank(delta: Delta) -> list[tuple[int, LowRank]] | None:
