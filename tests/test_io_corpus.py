@@ -171,7 +171,7 @@ def test_a_rank_of_ten_million_allocates_nothing(tmp_path: Path) -> None:
 def test_a_rank_that_fits_the_tensors_but_not_the_layer_allocates_nothing(tmp_path: Path) -> None:
     # A (10^7, 1) and B (1, 10^7) agree with the record; a (10^7, 16) start for the layer would take 640 MB
     rank = 10_000_000
-    header, _ = take_apart(saved(tmp_path, target_modules=["hidden"], modules_to_save="none"))
+    header, _ = take_apart(saved(tmp_path, target_modules=["hidden"], modules_to_save="none", bias="none"))
     entries = {
         A: {"dtype": "F32", "shape": [rank, 1], "data_offsets": [0, 4 * rank]},
         A.replace("_A", "_B"): {"dtype": "F32", "shape": [1, rank], "data_offsets": [4 * rank, 8 * rank]},

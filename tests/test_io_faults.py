@@ -98,7 +98,7 @@ RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown field": (lambda r: r.update(secret=1), "unknown field 'secret'"),
     "missing field": (lambda r: r.pop("base"), "'base' is missing"),
     "unknown setting": (config(megascale=3), "megascale"),
-    "unknown variant": (config(variant="megalora"), "variant must be one of lora, dora, fa, got 'megalora'"),
+    "unknown variant": (config(variant="megalora"), "tucker, up, spatial, vera, ia3, got 'megalora'"),
     "other variant": (config(variant="dora"), "hidden/weight/m"),
     "r of the config 0": (config(r=0), "r must be"),
     "rank 0": (layer(rank=0), "hidden.rank: expected a whole number from 1"),

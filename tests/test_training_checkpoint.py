@@ -46,7 +46,7 @@ def test_frozen_tensors_of_an_adapter_are_kept() -> None:
     import visionlora as vl
 
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
-    config = vl.LoraConfig(r=1, variant="fa", target_modules=["0"], modules_to_save="none")
+    config = vl.LoraConfig(r=1, variant="fa", target_modules=["0"], modules_to_save="none", bias="none")
     vl.apply_lora(net, config, name="on")
     vl.apply_lora(net, config, name="off")
     vl.deactivate(net)

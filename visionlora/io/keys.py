@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from visionlora.core.norms import STATISTICS
 from visionlora.plan import Plan
 from visionlora.targets import Site
 from visionlora.variants import VARIANTS, LowRank
@@ -71,7 +72,10 @@ def is_peft_pair(site: Site | None) -> bool:
 def _peft_key(plan: Plan, adapted: dict[str, Site], key: str) -> str | None:
     layer, attribute, tensor = key.split("/")
     role = plan.values.get(layer, {}).get(attribute)
-    if (tensor == "value" and role in (None, "norm")) or (tensor != "value" and not is_peft_pair(adapted.get(layer))):
+    statistics = bool(plan.values.get(layer, {}).keys() & STATISTICS)  # PEFT knows no normalisation policy
+    if (tensor == "value" and (role is None or (role == "norm" and statistics))) or (
+        tensor != "value" and not is_peft_pair(adapted.get(layer))
+    ):
         return None
     site = adapted.get(layer)
     names = _PEFT_NAMES if site is None or site.geometry.kind != "embedding" else _PEFT_NAMES | _PEFT_EMBEDDING
