@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visionlora.config import LoraConfig
+from visionlora.core.geometry import geometry_of
 from visionlora.data.folders import Sample, read_tree
 from visionlora.data.splits import stratified_split
 from visionlora.vision.datamodule import ImageFolderData
@@ -37,16 +38,20 @@ from visionlora.vision.module import ImageClassifier
 
 GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
-    "lora-frozen": (None,),
     "lora-bias": (None,),
+    "lora-affine": (None,),
+    "lora-stats": (None,),
+    "lora-depthwise": (None,),
     "linear": (3e-3, 1e-2),
     "norm": (1e-2, 3e-2),
     "full": (3e-4, 1e-3, 3e-3),
 }
 SHORT_GRID: dict[str, tuple[float | None, ...]] = {
     "lora": (None,),
-    "lora-frozen": (None,),
     "lora-bias": (None,),
+    "lora-affine": (None,),
+    "lora-stats": (None,),
+    "lora-depthwise": (None,),
     "linear": (1e-2,),
     "norm": (1e-2,),
     "full": (3e-4, 1e-3),
@@ -171,15 +176,22 @@ def measure(name: str, args: argparse.Namespace) -> None:
         if (seed, mode, rate) in done:
             continue
         net = base_of(task, name, table, args.weights, args.work)
-        epochs, settings = (task.epochs, settings_of(mode, rate)) if mode != "before" else (0, {})
+        epochs, settings = (task.epochs, settings_of(mode, rate, net)) if mode != "before" else (0, {})
         scores = fit(net, data_of(task, table, "target", seed or 0), task.classes, epochs, seed or 0, **settings)
         record(args.out, {"task": name, "mode": mode, "seed": seed, "lr": rate, **scores})
 
 
-def settings_of(mode: str, rate: float | None) -> dict[str, Any]:
-    variations = {"lora-frozen": LoraConfig(norm="frozen"), "lora-bias": LoraConfig(norm="frozen", bias="all")}
+def settings_of(mode: str, rate: float | None, net: nn.Module) -> dict[str, Any]:
+    """Return the settings of a mode; the variations of LoRA differ from the defaults in what else they train."""
+    depthwise = [n for n, m in net.named_modules() if (geo := geometry_of(m)) is not None and geo.depthwise]
+    variations = {
+        "lora-bias": {"bias": "all"},
+        "lora-affine": {"norm": "affine"},
+        "lora-stats": {"norm": "stats-affine"},
+        "lora-depthwise": {"modules_to_save": depthwise or "auto"},
+    }
     if mode in variations:
-        return {"mode": "lora", "lora": variations[mode], "lr": rate}
+        return {"mode": "lora", "lora": LoraConfig(**variations[mode]), "lr": rate}
     return {"mode": mode, "lr": rate}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     vl.apply_lora(names["model"], vl.LoraConfig(r=4), name="cam13")
     vl.save_adapter(names["model"], "adapters/cam13", name="cam13")
     exec(compile(second, "README.md", "exec"), names)
-    assert vl.adapter_names(names["model"]) == ["cam12", "cam13"]
+    assert vl.adapter_names(names["model"]) == ["cam12", "cam13", "both"]
 
 
 @pytest.mark.slow
@@ -75,11 +76,16 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (tmp_path / "scenes" / "night").rename(crops / "train")
     (tmp_path / "scenes" / "night_test").rename(crops / "test")
     found = commands()
-    assert [words[1] for words in found] == ["doctor", "fit", "test", "predict", "info", "merge"]
+    assert [words[1] for words in found] == ["doctor", "fit", "test", "predict", "info", "merge", "combine", "convert"]
     for words in found:
+        if words[1] == "combine":  # two cameras that were trained before
+            for camera in ("night", "rain"):
+                shutil.copytree("runs/cnn_folder/adapter", f"runs/{camera}/adapter")
         assert main(words[1:] + (SMALL if words[1] == "fit" else [])) == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "merged.safetensors").is_file()
     assert (tmp_path / "predictions.csv").is_file()
+    assert (tmp_path / "crops.safetensors").is_file()
+    assert (tmp_path / "runs" / "both" / "adapter_model.safetensors").is_file()
     run = tmp_path / "runs" / "cnn_folder"
     shown = re.search(r"runs/cnn_folder/\n(.*?)```", README.read_text(), re.DOTALL)
     assert shown is not None

@@ -127,7 +127,7 @@ def test_the_optimiser_holds_exactly_what_is_trained(tmp_path, mode):
     assert (
         set(module.trainable_groups())
         == {
-            "lora": {"A", "B", "bias", "head"},
+            "lora": {"A", "B", "head"},
             "linear": {"head"},
             "norm": {"norm", "head"},
             "full": {"backbone", "head"},
@@ -143,7 +143,6 @@ def test_rates_of_head_and_B_are_multiplied_and_flat_tensors_do_not_decay(tmp_pa
     assert groups == {
         "A": (1e-2, 0.1),
         "B": (8e-2, 0.1),
-        "bias (no decay)": (1e-2, 0.0),
         "head": (3e-2, 0.1),
         "head (no decay)": (3e-2, 0.0),
     }

@@ -43,7 +43,7 @@ class LoraConfig:
     """Normalisation layers: "frozen", or "affine" to train their scale and shift, which keeps an activation for each of
     them. BatchNorm has the statistics of the base in both; "stats" and "stats-affine" re-estimate them once on the
     target data. In none of them do statistics drift while training."""
-    bias: Bias = "all"
+    bias: Bias = "none"
     """Also train the biases of every layer, normalisation included ("all"), of the adapted ones ("lora_only") or of
     none ("none"). A bias costs a number a channel and no activation memory."""
     use_rslora: bool = False

@@ -17,8 +17,8 @@ def adapter_config(mode: str, lora: LoraConfig) -> LoraConfig | None:
     """Return the adapter that a mode means; None trains the model in full."""
     modes = {
         "lora": lora,
-        "linear": LoraConfig(target_modules="none", bias="none"),
-        "norm": LoraConfig(target_modules="none", norm="stats-affine", bias="none"),
+        "linear": LoraConfig(target_modules="none", norm="frozen"),
+        "norm": LoraConfig(target_modules="none", norm="stats-affine"),
         "full": None,
     }
     if mode not in modes:
