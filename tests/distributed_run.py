@@ -11,8 +11,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import save_file
 
-from visionlora.adapt import adapter_state
 from visionlora.config import LoraConfig
+from visionlora.registry import adapter_state
 from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.module import ImageClassifier
 

@@ -14,9 +14,9 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers
 from visionlora.io.read import WEIGHTS
 from visionlora.merging import tensor_digest
+from visionlora.registry import adapted_layers
 
 
 class Net(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers, adapter_plan
 from visionlora.core.attach import Adapted, Branched, Materialised
 from visionlora.core.delta import Delta
 from visionlora.errors import TargetError
+from visionlora.registry import adapted_layers, adapter_plan
 from visionlora.targets import select
 from visionlora.variants import VARIANTS
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers, adapter_plan, adapter_state, attach_plan
+from visionlora.adapt import attach_plan
 from visionlora.core.attach import Branched
 from visionlora.core.geometry import Geometry, geometry_of
+from visionlora.registry import adapted_layers, adapter_plan, adapter_state
 
 CONFIG = vl.LoraConfig(r=4, lora_alpha=4)
 

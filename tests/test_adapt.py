@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapter_plan, adapter_state, attach_plan
+from visionlora.adapt import attach_plan
 from visionlora.errors import ConfigError, InertAdapterError, StateError, TargetError
 from visionlora.plan import Plan
+from visionlora.registry import adapter_plan, adapter_state
 
 
 def vit(**kwargs: object) -> nn.Module:
@@ -303,10 +304,16 @@ def test_an_adapter_without_gradient_is_an_error_with_a_cure(x: Tensor) -> None:
             self.out = nn.Linear(24, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(nn.functional.linear(x, self.qkv.weight))
+            weight = self.qkv.weight
+            return self.out(nn.functional.linear(x, weight.detach() if self.cut else weight))
 
     model = Reader()
     vl.apply_lora(model, vl.LoraConfig(r=1, target_modules=["qkv", "out"], modules_to_save="none"))
+    model.cut = False
+    model(torch.randn(3, 8)).sum().backward()
+    vl.check_gradients(model)
+    model.zero_grad()
+    model.cut = True
     model(torch.randn(3, 8)).sum().backward()
     with pytest.raises(InertAdapterError, match=r"adapters of qkv:.*exclude_modules=\['qkv'\]"):
         vl.check_gradients(model)

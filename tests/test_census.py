@@ -11,7 +11,7 @@ from proof import CONFIG, check_choice, prove
 from torch import nn
 
 import visionlora as vl
-from visionlora.adapt import adapter_plan
+from visionlora.registry import adapter_plan
 from visionlora.targets import head_layers
 
 

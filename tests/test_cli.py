@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visionlora import LoraConfig, __version__
-from visionlora.adapt import adapter_parameters, apply_lora
+from visionlora.adapt import apply_lora
 from visionlora.cli import VERBS, main
 from visionlora.commands import arguments
 from visionlora.data.folders import LAYOUTS
 from visionlora.io import read_adapter, save_adapter
+from visionlora.registry import adapter_parameters
 from visionlora.vision.backbone import data_config
 from visionlora.vision.loading import load_model
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers, adapter_plan, adapter_state
 from visionlora.compose import combine
 from visionlora.compose.factors import Factors, cut
 from visionlora.compose.methods import METHODS, disjoint_mean, drop, trim
 from visionlora.config import Init
 from visionlora.errors import VisionLoRAError
+from visionlora.registry import adapted_layers, adapter_plan, adapter_state
 
 EVERY = pytest.mark.parametrize(("variant", "kind"), CASES)
 

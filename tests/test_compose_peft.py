@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers, adapter_plan
 from visionlora.compose import combine
+from visionlora.registry import adapted_layers, adapter_plan
 
 peft = pytest.importorskip("peft")
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapter_state
 from visionlora.compose import combine, sweep
 from visionlora.compose.averages import average, mixture
 from visionlora.errors import StateError, VisionLoRAError
+from visionlora.registry import adapter_state
 
 
 def net(classes: int = 3, seed: int = 0) -> nn.Module:

@@ -12,12 +12,12 @@ from io_toy import adapted, images, timm_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_names
 from visionlora.cli import main
 from visionlora.commands import convert
 from visionlora.io import load_adapter, read_adapter, save_adapter
 from visionlora.io.formats import difference
 from visionlora.io.read import MIRROR, PEFT_CONFIG, WEIGHTS
+from visionlora.registry import adapter_names
 from visionlora.vision.loading import load_model
 
 BASE = "base.safetensors"

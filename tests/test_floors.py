@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"core.norms", "variants"},
     {"targets"},
     {"plan"},
+    {"registry"},
     {"adapt"},
     {"merging", "overview", "eva"},
     {"io", "data", "compose"},
@@ -28,7 +29,20 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-LIGHT = {"errors", "config", "atomic", "core", "variants", "targets", "plan", "adapt", "merging", "overview", "eva"}
+LIGHT = {
+    "errors",
+    "config",
+    "atomic",
+    "core",
+    "variants",
+    "targets",
+    "plan",
+    "registry",
+    "adapt",
+    "merging",
+    "overview",
+    "eva",
+}
 
 
 def dotted(path: Path) -> str:

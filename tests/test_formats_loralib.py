@@ -10,10 +10,10 @@ import torch
 from io_toy import timm_model
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io import load_adapter, save_adapter
 from visionlora.io.formats import put_on, read_loralib
+from visionlora.registry import adapter_plan
 
 loralib = pytest.importorskip("loralib")
 

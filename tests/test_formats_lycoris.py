@@ -11,9 +11,9 @@ from io_toy import adapted, timm_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.errors import ConfigError
 from visionlora.io.formats import difference, lycoris_tensors, put_on, read_lycoris
+from visionlora.registry import adapter_plan
 
 lycoris = pytest.importorskip("lycoris")
 

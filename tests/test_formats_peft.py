@@ -13,11 +13,11 @@ from io_toy import adapted, images, net, resnext, timm_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io import load_adapter
 from visionlora.io.formats import difference, peft_tensors, put_on, read_peft
 from visionlora.io.read import PEFT_CONFIG, WEIGHTS
+from visionlora.registry import adapter_plan
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

@@ -13,10 +13,10 @@ from io_toy import MODELS, adapted, images, look, net, record_of, saved, timm_mo
 from torch import nn
 
 import visionlora as vl
-from visionlora.adapt import adapter_plan, adapter_state
 from visionlora.errors import BaseMismatchError, ConfigError, StateError
 from visionlora.io import load_adapter, read_adapter, save_adapter
 from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
+from visionlora.registry import adapter_plan, adapter_state
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "fa"])

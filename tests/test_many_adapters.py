@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.adapt import adapted_layers
 from visionlora.errors import StateError
+from visionlora.registry import adapted_layers
 
 NAMES = [f"cam{i}" for i in range(12)]  # more than torch's limit of eight compilations of one function
 

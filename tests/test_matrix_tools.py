@@ -15,8 +15,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import visionlora as vl
-from visionlora.adapt import adapter_plan, adapter_state, attach_plan
+from visionlora.adapt import attach_plan
 from visionlora.plan import Plan
+from visionlora.registry import adapter_plan, adapter_state
 from visionlora.variants import VARIANTS
 from visionlora.variants.vera import projection
 

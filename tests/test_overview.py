@@ -7,11 +7,12 @@ import timm
 import torch
 from torch import nn
 
-from visionlora.adapt import adapter_state, apply_lora, deactivate
+from visionlora.adapt import apply_lora, deactivate
 from visionlora.config import LoraConfig
 from visionlora.errors import StateError
 from visionlora.merging import base_state_dict
 from visionlora.overview import readable_size, summary
+from visionlora.registry import adapter_state
 
 
 @pytest.fixture

@@ -9,9 +9,6 @@ from visionlora.config import LoraConfig
 
 if TYPE_CHECKING:
     from visionlora.adapt import activate as activate
-    from visionlora.adapt import active_adapters as active_adapters
-    from visionlora.adapt import adapter_names as adapter_names
-    from visionlora.adapt import adapter_parameters as adapter_parameters
     from visionlora.adapt import apply_lora as apply_lora
     from visionlora.adapt import check_gradients as check_gradients
     from visionlora.adapt import deactivate as deactivate
@@ -30,16 +27,17 @@ if TYPE_CHECKING:
     from visionlora.merging import merge as merge
     from visionlora.merging import unmerge as unmerge
     from visionlora.overview import summary as summary
+    from visionlora.registry import active_adapters as active_adapters
+    from visionlora.registry import adapter_names as adapter_names
+    from visionlora.registry import adapter_parameters as adapter_parameters
     from visionlora.vision.loading import load_model as load_model
 
 __version__ = "0.1.0"
 
 # names are looked up when they are first used, so that `visionlora --help` need not wait for torch
 _WHERE = {
-    "visionlora.adapt": (
-        *("activate", "active_adapters", "adapter_names", "adapter_parameters", "apply_lora", "check_gradients"),
-        *("deactivate", "disabled", "remove"),
-    ),
+    "visionlora.adapt": ("activate", "apply_lora", "check_gradients", "deactivate", "disabled", "remove"),
+    "visionlora.registry": ("active_adapters", "adapter_names", "adapter_parameters"),
     "visionlora.compose": ("combine", "sweep"),
     "visionlora.eva": ("allocate_ranks", "fit_to_data"),
     "visionlora.core.norms": ("estimate_statistics",),

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
-from visionlora.core.attach import Adapted, attach, detach, set_active, whole
-from visionlora.core.delta import Delta, Value
+from visionlora.config import LoraConfig
+from visionlora.core.attach import attach, detach, set_active
+from visionlora.core.delta import Value
 from visionlora.core.norms import STATISTICS
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
-
-_RESERVED = frozenset(dir(nn.ModuleDict())) | {"base"}
-
-
-@dataclass
-class Registry:
-    """What a model remembers of its adapters: kept on the model, so that deepcopy and pickle carry it along."""
-
-    grads: dict[str, bool]
-    """requires_grad of every base parameter before the first adapter."""
-    plans: dict[str, Plan] = field(default_factory=dict)
-    trainable: dict[str, bool] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)
-    merged: list[Any] | None = None
-    """What unmerge puts back; None while nothing is merged."""
+from visionlora.registry import (
+    Registry,
+    adapted_layers,
+    adapter_parameters,
+    check_known_name,
+    check_new_name,
+    registry_of,
+)
 
 
 def apply_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str = "default") -> nn.Module:
@@ -129,55 +120,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         _set_active(model, registry, before)
 
 
-def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of the attached adapters."""
-    registry: Registry | None = model.__dict__.get("_visionlora")
-    return list(registry.plans) if registry else []
-
-
-def active_adapters(model: nn.Module) -> dict[str, float]:
-    """Return the strength of every active adapter by name."""
-    return dict(registry_of(model).active)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """Return the layers that carry adapters, by name: the one definition of what an adapter parameter is."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
-
-
-def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the parameters of an adapter by group ("A", "B", "m", "head", "saved", "norm", "bias") and full name."""
-    plan = registry_of(model).plans[check_known_name(model, name)]
-    groups: dict[str, dict[str, nn.Parameter]] = {}
-    for layer_name, layer in adapted_layers(model).items():
-        for attribute, change in _changes(layer, name):
-            for tensor_name, parameter in change.named_parameters():
-                leaf = tensor_name.rpartition(".")[2]
-                group = leaf if isinstance(change, Delta) else plan.values[layer_name][attribute]
-                full = f"{layer_name}.adapters.{name}.{attribute}.{tensor_name}".removeprefix(".")
-                groups.setdefault(group, {})[full] = parameter
-    return groups
-
-
-def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return all that makes an adapter differ from the base, as {"layer/attribute/tensor": tensor}.
-
-    On a model sharded by FSDP2 the tensors are gathered, and every process must make the call.
-    """
-    _check_whole(model, name)
-    return {
-        f"{layer_name}/{attribute}/{tensor_name}": whole(tensor.detach())
-        for layer_name, layer in adapted_layers(model).items()
-        for attribute, change in _changes(layer, name)
-        for tensor_name, tensor in change.state_dict().items()
-    }
-
-
-def adapter_plan(model: nn.Module, name: str) -> Plan:
-    """Return the structure of an adapter."""
-    return registry_of(model).plans[check_known_name(model, name)]
-
-
 def attach_plan(
     model: nn.Module, plan: Plan, tensors: dict[str, Tensor], *, name: str = "default", trainable: bool = False
 ) -> nn.Module:
@@ -226,40 +168,6 @@ def check_gradients(model: nn.Module) -> None:
         )
 
 
-def registry_of(model: nn.Module) -> Registry:
-    """Return the model's adapter registry. Raises StateError where there is none, or while the adapters are merged."""
-    registry: Registry | None = model.__dict__.get("_visionlora")
-    if registry is None:
-        inside = [n for n, m in model.named_modules() if "_visionlora" in m.__dict__]
-        hint = f"; pass the model inside it: .{inside[0]}" if inside else "; call apply_lora or load_adapter first"
-        raise StateError(f"{type(model).__name__} has no adapters{hint}")
-    if registry.merged is not None:
-        raise StateError("the adapters are merged into the weights; call unmerge first")
-    return registry
-
-
-def check_known_name(model: nn.Module, name: str) -> str:
-    """Return the name of an attached adapter."""
-    known = list(registry_of(model).plans)
-    if name not in known:
-        raise StateError(
-            f"no adapter {name!r} on this model{did_you_mean(str(name), known)}; it has {', '.join(known)}"
-        )
-    return name
-
-
-def check_new_name(model: nn.Module, name: str) -> str:
-    """Return a name that is well formed and free."""
-    if check_adapter_name(name) in _RESERVED:
-        raise StateError(f"the adapter name {name!r} is reserved; choose another")
-    registry: Registry | None = model.__dict__.get("_visionlora")
-    if registry is not None:
-        registry_of(model)
-    if registry is not None and name in registry.plans:
-        raise StateError(f"an adapter {name!r} is already attached; remove it first or choose another name")
-    return name
-
-
 def _fill(
     changes: Changes, tensors: dict[str, Tensor], model: nn.Module, plan: Plan, name: str, trainable: bool
 ) -> None:
@@ -286,25 +194,10 @@ def _check_tensors(slots: dict[str, Tensor], tensors: dict[str, Tensor]) -> None
             raise TargetError(f"{key}: expected shape {tuple(slot.shape)}, got {tuple(tensors[key].shape)}")
 
 
-def _changes(layer: Adapted, name: str) -> list[tuple[str, Any]]:
-    return list(layer.adapters[name].items()) if name in layer.adapters else []  # type: ignore[operator]
-
-
 def _registry_or_new(model: nn.Module) -> Registry:
     if "_visionlora" not in model.__dict__:
         model._visionlora = Registry({n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
     return registry_of(model)
-
-
-def _check_whole(model: nn.Module, name: str) -> None:
-    layers, plan = adapted_layers(model), adapter_plan(model, name)
-    wanted = dict.fromkeys((*(site.layer for site in plan.sites), *plan.values))
-    gone = [layer for layer in wanted if layer not in layers or name not in layers[layer].adapters]
-    if gone:
-        raise StateError(
-            f"{len(gone)} adapted layers are gone ({', '.join(gone[:3])}): the model was fused or rebuilt after the "
-            "adapter was put on; call merge first, then fuse"
-        )
 
 
 def _chosen(model: nn.Module, names: str | list[str] | dict[str, float], strength: float) -> dict[str, float]:

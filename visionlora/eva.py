@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from visionlora.adapt import active_adapters, adapted_layers, adapter_plan
 from visionlora.config import LoraConfig
 from visionlora.core.attach import own_class
 from visionlora.core.delta import Parts
 from visionlora.core.geometry import Geometry
 from visionlora.errors import ConfigError, StateError, TargetError
+from visionlora.registry import active_adapters, adapted_layers, adapter_plan
 from visionlora.targets import Site, select
 from visionlora.variants import VARIANTS, LowRank
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionlora.adapt import Registry, adapted_layers, registry_of
 from visionlora.core.attach import STATE, Adapted, strip
 from visionlora.errors import StateError
 from visionlora.plan import base_tensor
+from visionlora.registry import Registry, adapted_layers, registry_of
 from visionlora.targets import head_layers
 
 

@@ -9,13 +9,20 @@ from typing import Literal
 
 from torch import nn
 
-from visionlora.adapt import adapted_layers, adapter_names, adapter_parameters, adapter_plan, adapter_state, registry_of
 from visionlora.core.attach import Branched, own_class
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import Geometry
 from visionlora.errors import StateError
 from visionlora.merging import base_state_dict
 from visionlora.plan import Plan
+from visionlora.registry import (
+    adapted_layers,
+    adapter_names,
+    adapter_parameters,
+    adapter_plan,
+    adapter_state,
+    registry_of,
+)
 from visionlora.targets import head_layers, layers_and_projections
 from visionlora.variants import VARIANTS
 

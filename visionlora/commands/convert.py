@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from visionlora.adapt import activate, adapter_names, adapter_plan, remove
+from visionlora.adapt import activate, remove
 from visionlora.atomic import atomic_path, write_atomic
 from visionlora.config import check_adapter_name
 from visionlora.errors import ConfigError, StateError
@@ -36,6 +36,7 @@ from visionlora.io.formats import (
 from visionlora.io.formats.factors import Factors
 from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
 from visionlora.overview import readable_size, table
+from visionlora.registry import adapter_names, adapter_plan
 from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from visionlora.adapt import adapted_layers, adapter_plan, attach_plan, check_known_name, check_new_name
+from visionlora.adapt import attach_plan
 from visionlora.compose.pieces import Piece, Rows, as_tensors, blocks, each, pieces, within
 from visionlora.compose.recipe import Recipe, check_method, check_number, make_recipe
 from visionlora.compose.report import Combination, Layer, layer_of
@@ -18,6 +18,7 @@ from visionlora.core.attach import Adapted
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import ConfigError, StateError
 from visionlora.plan import Plan
+from visionlora.registry import adapted_layers, adapter_plan, check_known_name, check_new_name
 from visionlora.targets import Site
 from visionlora.variants import VARIANTS
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from visionlora.adapt import check_new_name
 from visionlora.compose.values import source_of
 from visionlora.errors import BaseMismatchError, ConfigError, VisionLoRAError
 from visionlora.io import AdapterFile
 from visionlora.io.base import base_text
+from visionlora.registry import check_new_name
 
 Files = Mapping[str, AdapterFile]
 

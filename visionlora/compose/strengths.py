@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from visionlora.adapt import activate, check_known_name, disabled
+from visionlora.adapt import activate, disabled
 from visionlora.compose.recipe import check_number
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.overview import table
+from visionlora.registry import check_known_name
 
 Metrics = Mapping[str, float]
 

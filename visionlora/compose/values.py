@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.compose.averages import Average, average, mixture
 from visionlora.compose.pieces import wide
 from visionlora.config import did_you_mean
@@ -16,6 +15,7 @@ from visionlora.core.delta import Value
 from visionlora.core.norms import STATISTICS
 from visionlora.errors import ConfigError, StateError
 from visionlora.plan import Role, base_tensor
+from visionlora.registry import adapter_plan
 
 CHOICES = ("average", "first", "base")
 """What `head` and `norm` can be, besides the name of an adapter."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionlora.adapt import activate, adapted_layers, adapter_names, attach_plan, check_new_name
+from visionlora.adapt import activate, attach_plan
 from visionlora.core.delta import Value
 from visionlora.errors import AdapterFileError, BaseMismatchError, TargetError
 from visionlora.io.base import check_base
@@ -16,6 +16,7 @@ from visionlora.io.read import AdapterFile, read_adapter
 from visionlora.io.record import plain_config
 from visionlora.merging import head_fingerprint
 from visionlora.plan import Plan, base_tensor, build_delta
+from visionlora.registry import adapted_layers, adapter_names, check_new_name
 from visionlora.targets import Site, head_layers
 
 

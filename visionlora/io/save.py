@@ -12,7 +12,6 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from visionlora.adapt import adapted_layers, adapter_plan, adapter_state
 from visionlora.atomic import atomic_path
 from visionlora.core.delta import Value
 from visionlora.errors import AdapterFileError, ConfigError
@@ -27,6 +26,7 @@ from visionlora.io.record import FORMAT_VERSION, check_agreement, check_record, 
 from visionlora.io.strict import is_finite
 from visionlora.merging import tensor_digest
 from visionlora.plan import Plan
+from visionlora.registry import adapted_layers, adapter_plan, adapter_state
 
 
 def save_adapter(

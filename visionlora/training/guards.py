@@ -10,8 +10,9 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from visionlora.adapt import adapter_names, check_gradients
+from visionlora.adapt import check_gradients
 from visionlora.errors import NonFiniteError
+from visionlora.registry import adapter_names
 from visionlora.training.gather import own_part
 from visionlora.training.loops import training_loaders
 from visionlora.training.sampler import ResumableSampler

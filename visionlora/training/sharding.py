@@ -6,10 +6,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from visionlora.adapt import adapted_layers
 from visionlora.core.attach import Materialised
 from visionlora.core.delta import Delta
 from visionlora.errors import ConfigError
+from visionlora.registry import adapted_layers
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:

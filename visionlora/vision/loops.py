@@ -15,11 +15,11 @@ from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from visionlora.adapt import adapter_plan, adapter_state
 from visionlora.core.norms import batch_norms, estimate_statistics
 from visionlora.data.dataset import UNLABELLED, Batch, ImageDataset
 from visionlora.errors import ConfigError
 from visionlora.eva import fit_to_data
+from visionlora.registry import adapter_plan, adapter_state
 from visionlora.targets import head_layers
 
 log = logging.getLogger(__name__)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from visionlora.adapt import adapter_parameters, apply_lora
+from visionlora.adapt import apply_lora
 from visionlora.config import LoraConfig, did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
 from visionlora.merging import fingerprint
+from visionlora.registry import adapter_parameters
 from visionlora.training.ema import AdapterEMA
 from visionlora.training.optim import parameter_groups, warmup_cosine
 from visionlora.training.sharding import shard

@@ -7,7 +7,6 @@ from collections.abc import Collection, Container
 import torch
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import Geometry, geometry_of
 from visionlora.core.norms import is_norm
@@ -15,6 +14,7 @@ from visionlora.io.formats.factors import Factors, decompose, dense_change, fact
 from visionlora.io.formats.names import Layers
 from visionlora.io.formats.written import Written, deltas, number, refuse, values
 from visionlora.plan import base_tensor
+from visionlora.registry import adapter_plan
 from visionlora.variants.loha import LoHa
 from visionlora.variants.lokr import LoKr
 from visionlora.variants.tucker import Tucker

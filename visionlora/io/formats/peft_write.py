@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from visionlora.adapt import adapter_plan
 from visionlora.config import LoraConfig
 from visionlora.core.geometry import Geometry
 from visionlora.io.formats.factors import Factors, decompose, dense_change, factors_of, is_smaller
@@ -14,6 +13,7 @@ from visionlora.io.keys import PEFT
 from visionlora.io.peft_mirror import config_of, layer_reason, own_names
 from visionlora.merging import base_state_dict
 from visionlora.plan import Plan
+from visionlora.registry import adapter_plan
 
 
 def peft_tensors(model: nn.Module, name: str, *, base_name: str | None = None, rank: int | None = None) -> Written:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visionlora.adapt import adapted_layers, adapter_plan
 from visionlora.core.delta import Delta, Value
 from visionlora.errors import ConfigError
 from visionlora.io.formats.factors import Factors
+from visionlora.registry import adapted_layers, adapter_plan
 from visionlora.targets import Site
 
 MOST_REASONS = 5
