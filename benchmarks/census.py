@@ -1,4 +1,4 @@
-"""What an adapter is on every model of timm and torchvision, and whether it keeps its promises there.
+"""What an adapter is on every model of timm, and whether it keeps its promises there.
 
     python benchmarks/census.py prove --out families.jsonl    # real numbers: a backbone or more of every family
     python benchmarks/census.py look --out names.jsonl        # no numbers: every name timm knows

@@ -54,6 +54,11 @@ def prove(model: nn.Module, x: Tensor, config: vl.LoraConfig = CONFIG, tolerance
         assert same(outputs(model, x), base), "disabled is not the base"
     evidence = _counted(model, change / largest(base), _check_merge(model, x, changed, change, tolerance))
 
+    outputs(model.train(), x)
+    assert all(torch.equal(t, stored[k]) for k, t in vl.base_state_dict(model.eval()).items()), (
+        "training moves the base"
+    )
+
     plan, state = adapter_plan(model, "default"), {k: t.clone() for k, t in adapter_state(model, "default").items()}
     vl.remove(model)
     assert same(outputs(model, x), base), "after remove the output is not the base's"
