@@ -313,3 +313,20 @@ def test_the_fast_path_of_nn_transformer_encoder_sees_the_adapter(targets: str |
     assert (fast - twin(x)).abs().max() > 1e-2
     vl.merge(model)
     assert_close(model(x), fast, rtol=0, atol=1e-5)
+
+
+def test_patches_of_another_size_meet_the_adapted_projection_of_naflexvit() -> None:
+    small = {"depth": 2, "embed_dim": 96, "num_heads": 4, "num_classes": 7}
+    model = timm.create_model("naflexvit_base_patch16_gap", enable_patch_interpolator=True, **small).eval()
+    grid = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).expand(2, 4, 2)
+    x = {"patches": torch.randn(2, 4, 8, 8, 3), "patch_coord": grid, "patch_valid": torch.ones(2, 4, dtype=torch.bool)}
+    vl.apply_lora(model, vl.LoraConfig(r=4, target_modules=["embeds.proj"], modules_to_save="none", bias="none"))
+    with vl.disabled(model):
+        base = model(x)
+    stir(model)
+    changed = model(x)
+    assert (changed - base).abs().max() > 1e-2
+    changed.square().sum().backward()
+    vl.check_gradients(model)
+    vl.merge(model)
+    assert_close(model(x), changed)
