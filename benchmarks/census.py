@@ -36,7 +36,7 @@ from visionlora.targets.presets import PRESETS, family
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from families import FAMILIES, NETS, Net
-from proof import check_choice, flat, prove
+from proof import check_choice, prove
 
 Row = dict[str, Any]
 
@@ -88,8 +88,7 @@ def looked_at(name: str) -> Row:
     assert set(vl.base_state_dict(model)) == keys, "attaching changes the keys of the base"
     sites = {site.layer for site in adapter_plan(model, "default").sites}
     assert not sites & set(head_layers(model)), "the head is adapted"
-    check_choice(model, x)
-    torch.autograd.backward([t.sum() for t in flat(model(x.requires_grad_()))])
+    torch.autograd.backward([t.sum() for t in check_choice(model, x)])
     vl.check_gradients(model)
     kinds = sorted({kind_of(model, site) for site in sites})
     vl.remove(model)

@@ -86,13 +86,13 @@ def check_layers_act(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
 
 
-def check_choice(model: nn.Module, x: Tensor) -> None:
-    """Raise AssertionError where an adapter sits on the stem, on a gate or on a layer that does not see the image.
+def check_choice(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the output; raise AssertionError where an adapter sits on the stem, a gate or what sees no image.
 
     Told by what the layers are given, not by their names: the first one called has the image, a gate works on one
     number a channel in the middle of the network, a network of positions has an input that no image changes.
     """
-    calls = _calls(model, x)
+    calls, y = _calls(model, x)
     adapted = {site.name for site in adapter_plan(model, "default").sites}
     first = next(call.name for call in calls if call.sees_image)
     assert first not in adapted, f"the stem {first} is adapted"
@@ -102,6 +102,7 @@ def check_choice(model: nn.Module, x: Tensor) -> None:
     last = max((i for i, call in enumerate(calls) if call.pixels > 1), default=0)
     gates = [call.name for call in calls[:last] if call.pixels == 1 and call.name in adapted]
     assert not gates, f"these are gates: {gates[:5]}"
+    return y
 
 
 def wake(model: nn.Module, x: Tensor) -> None:
@@ -184,8 +185,8 @@ class _Call:
     """Positions of a map of features; 0 for any other input."""
 
 
-def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
-    """Return the calls of all layers that could be adapted, in the order of one forward pass."""
+def _calls(model: nn.Module, x: Tensor) -> tuple[list[_Call], list[Tensor]]:
+    """Return the calls of all layers that could be adapted, in the order of one forward pass, and its output."""
     calls: list[_Call] = []
 
     def watch(name: str, geometry: Geometry) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -198,10 +199,10 @@ def _calls(model: nn.Module, x: Tensor) -> list[_Call]:
     layers = {name: (m, geo) for name, m in model.named_modules() if (geo := geometry_of(m)) is not None}
     hooks = [m.register_forward_pre_hook(watch(name, geo)) for name, (m, geo) in layers.items()]
     with torch.enable_grad():
-        model(x.clone().requires_grad_())
+        y = flat(model(x.clone().requires_grad_()))
     for hook in hooks:
         hook.remove()
-    return calls
+    return calls, y
 
 
 def _counted(model: nn.Module, effect: float, error: float) -> Evidence:
