@@ -8,7 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import timm
 import torch
-from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 
 from visionlora.config import LoraConfig
@@ -18,8 +18,6 @@ from visionlora.vision.module import ImageClassifier
 
 
 def strategy(name: str) -> pl.strategies.Strategy | str:
-    if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     return "auto"
