@@ -15,9 +15,9 @@ from torch import Tensor, nn
 STEPS, BATCH, SIZE = 20, 16, 64
 COLUMNS = {
     "moved": "running means of the base moved by, in standard deviations",
-    "off": "output with the adapter off - base",
-    "effect": "output with the adapter on - base",
-    "file": "output of a fresh base with the saved adapter - output of the trained model",
+    "off": "adapter off: distance from the base's output, as a share of its largest logit",
+    "effect": "adapter on: the same",
+    "file": "saved adapter on a fresh base: distance from the trained model's output, likewise",
 }
 
 
