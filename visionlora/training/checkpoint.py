@@ -108,7 +108,8 @@ class AdapterCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self._due = bool(self.every_n_steps) and step % self.every_n_steps == 0 and step != self._saved_at
+        every = self.every_n_steps
+        self._due = every is not None and every > 0 and step % every == 0 and step != self._saved_at
         # from a file of here a resumed run would not go back to the validation and the end of the epoch that follow;
         # there it is saved too
         if self._due and not validation_follows(trainer) and batch_idx + 1 < trainer.num_training_batches:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_fabric.utilities.optimizer import _optimizer_to_device
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
 from torch.optim import Optimizer
 
 from visionlora.errors import ConfigError
@@ -87,9 +88,6 @@ def whole_checkpoints(strategy: ModelParallelStrategy) -> None:
         strategy.__class__ = ShardedStrategy
 
 
-def _cut(entry: Mapping[str, Any], parameter: Any) -> dict[str, Any]:
-    return {key: like(value, parameter) if _fits(value, parameter) else value for key, value in entry.items()}
-
-
-def _fits(value: Any, parameter: Any) -> bool:
-    return getattr(value, "shape", None) == parameter.shape
+def _cut(entry: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    fits = {key for key, value in entry.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+    return {key: like(value, parameter) if key in fits else value for key, value in entry.items()}

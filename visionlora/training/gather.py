@@ -67,7 +67,12 @@ def whole_in_first_process(module: nn.Module) -> Iterator[None]:
     Every process must enter the block; inside it the module must not run.
     """
     reshard(module)
-    parts = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
+    parts: list[tuple[nn.Module, str, Any]] = [
+        (owner, name, p)
+        for owner in module.modules()
+        for name, p in owner._parameters.items()
+        if isinstance(p, DTensor)
+    ]
     try:
         for owner, name, part in parts:
             tensor = whole(part.detach())
