@@ -208,9 +208,10 @@ def _check_rank(name: str, geo: Geometry, rank: int, largest: int, variant: type
         raise TargetError(f"{variant.__name__} does not fit {name}: {reason}; leave it out or choose another variant")
     if not largest:
         kind = "low-rank change" if issubclass(variant, LowRank) else f"change of variant {variant.__name__}"
+        other = ', or take variant "spatial", which shares filters among channels' if geo.depthwise else ""
         raise TargetError(
             f"{name} ({shape}) has so few weights that every {kind} is larger than the layer; "
-            f'leave it out (exclude_modules=["{name}"]) or train it in full (modules_to_save=["{name}"])'
+            f'leave it out (exclude_modules=["{name}"]) or train it in full (modules_to_save=["{name}"]){other}'
         )
     if issubclass(variant, LowRank) and rank > geo.max_rank:
         raise TargetError(
