@@ -52,7 +52,7 @@ class Data(pl.LightningDataModule):
 
     def _loader(self, seed: int = 0, shuffle: bool = False) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(1)
-        return DataLoader(TensorDataset(*images(seed=seed)), self.batch, shuffle=shuffle, generator=generator)
+        return DataLoader(TensorDataset(*images(seed=seed)), batch_size=self.batch, shuffle=shuffle, generator=generator)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(shuffle=True)
@@ -321,7 +321,7 @@ def test_a_label_outside_the_classes_stops_the_run(tmp_path):
     x, y = images()
     y[5] = 3
     with pytest.raises(DataError, match="labels from 0 to 2, got 3"):
-        trainer(tmp_path).fit(classifier(), DataLoader(TensorDataset(x, y), 16), Data().val_dataloader())
+        trainer(tmp_path).fit(classifier(), DataLoader(TensorDataset(x, y), batch_size=16), Data().val_dataloader())
 
 
 def test_nan_predictions_are_refused_in_validation(tmp_path):

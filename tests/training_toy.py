@@ -122,10 +122,10 @@ class PointsData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         sampler = ResumableSampler(len(self.dataset), seed=self.seed)  # type: ignore[arg-type]
-        return DataLoader(self.dataset, self.batch_size, sampler=sampler, num_workers=self.workers)
+        return DataLoader(self.dataset, batch_size=self.batch_size, sampler=sampler, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Points(8, seed=9), 4)
+        return DataLoader(Points(8, seed=9), batch_size=4)
 
 
 def make_trainer(folder: Path, callbacks: Sequence[pl.Callback] = (), **settings: Any) -> pl.Trainer:
