@@ -12,6 +12,7 @@ from visionlora.core.geometry import Geometry
 from visionlora.errors import TargetError
 
 _FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "c_attn": ("q", "k", "v"), "kv": ("k", "v")}
+_FUSED |= {"Wqkv": ("q", "k", "v")}  # of ModernBERT
 _FUSED |= {"in_proj_weight": ("q", "k", "v")}  # of nn.MultiheadAttention
 
 # owners that view their qkv as (..., 3, heads, dim): q, k and v are whole blocks of rows. Others interleave by head.
@@ -21,7 +22,8 @@ _BLOCKED = {
     *("timm.models.swin_transformer_v2", "timm.models.swin_transformer_v2_cr", "timm.models.convit"),
     *("timm.models.cait", "timm.models.xcit", "timm.models.volo", "timm.models.davit", "timm.models.metaformer"),
     *("timm.models.mvitv2", "timm.models.nest", "timm.models.edgenext", "timm.models.fastvit"),
-    *("transformers.models.gpt2.modeling_gpt2", "torch.nn.modules.activation"),
+    *("transformers.models.gpt2.modeling_gpt2", "transformers.models.modernbert.modeling_modernbert"),
+    "torch.nn.modules.activation",
 }
 
 _ENTRY = re.compile(r"(?P<name>[^\[\]]+)(\[(?P<parts>[^\[\]]+)\])?")

@@ -8,6 +8,7 @@ from torch import nn
 
 from visionlora.core.attach import own_class
 from visionlora.core.geometry import Geometry
+from visionlora.targets.tied import output_layers
 
 ATTENTION_AND_MLP = (
     *("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "qkv_proj", "proj", "out_proj", "attn"),
@@ -16,6 +17,22 @@ ATTENTION_AND_MLP = (
 """Attention and both MLP layers: with the MLP left out LoRA trails by two points on VTAB-1k structured tasks."""
 
 _TORCHVISION = ("in_proj_weight", "out_proj", "qkv", "proj", "mlp.0", "mlp.3", "mlp.linear_1", "mlp.linear_2")
+
+_BERT = ("self.query", "self.key", "self.value", "intermediate.dense", "output.dense")
+_T5 = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+_BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+_TEXT: dict[str, tuple[str, ...]] = {
+    "gpt2": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
+    "modernbert": ("Wqkv", "Wo", "Wi"),
+    **dict.fromkeys(("deberta", "deberta_v2"), ("query_proj", "key_proj", "value_proj", "in_proj", *_BERT[3:])),
+    **dict.fromkeys(("bert", "roberta", "xlm_roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5"), _T5),
+    **dict.fromkeys(("bart", "mbart", "marian", "pegasus"), _BART),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "olmo2", "smollm3"), _LLAMA),
+}
 
 PRESETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -27,10 +44,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
         ATTENTION_AND_MLP,
     ),
     **dict.fromkeys(("torchvision.vision_transformer", "torchvision.swin_transformer"), _TORCHVISION),
+    **{f"transformers.modeling_{name}": roles for name, roles in _TEXT.items()},
 }
 """timm model module (others with their package) -> name endings. It holds for the layers inside that module's classes,
 also where another model wraps them. Layers of a family that is not here are taken if they are a dense Linear or
-convolution outside stem, squeeze-excite and gating blocks, position networks, auxiliary classifiers and head."""
+convolution outside stem, squeeze-excite and gating blocks, position networks, auxiliary classifiers and head; in other
+models of transformers, if they lie in a list of blocks and do not route tokens to experts."""
 
 _LEFT_ALONE = {
     *("SqueezeExcite", "SqueezeExciteCl", "SqueezeExcitation", "SEModule", "EffectiveSEModule", "EseModule"),
@@ -48,6 +67,7 @@ _POSITION_OR_ROUTE = (
     "conv_lambda",
     "routing_fn",
 )
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 _STEMS = ("stem", "stem_dct", "patch_embed", "conv_stem", "stem_conv", "conv1")
 
 
@@ -61,7 +81,8 @@ def auto(model: nn.Module, candidates: dict[str, Geometry], heads: list[str]) ->
     """Return the names of the layers "auto" takes."""
     modules = dict(model.named_modules())
     stems = _stems(model)
-    layers = {n: geo for n, geo in candidates.items() if geo.kind != "embedding" and n not in heads}
+    kept = {*heads, *output_layers(model)}
+    layers = {n: geo for n, geo in candidates.items() if geo.kind != "embedding" and n not in kept}
     names = [n for n, geo in layers.items() if not _is_stem(n, geo, stems)]
     return [n for n in names if _has_role(n, modules) and not _is_left_alone(n, modules)]
 
@@ -74,7 +95,18 @@ def _home(cls: type) -> str:
 def _has_role(name: str, modules: dict[str, nn.Module]) -> bool:
     presets = (PRESETS.get(family(owner)) for owner in _owners(name, modules))
     roles = next((preset for preset in presets if preset is not None), None)
-    return roles is None or any(f".{name}".endswith(f".{role}") for role in roles)
+    if roles is None:
+        return _in_block(name, modules)
+    return any(f".{name}".endswith(f".{role}") for role in roles)
+
+
+def _in_block(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Tell whether a layer of no known family is one that a model repeats; outside transformers every layer counts."""
+    owners = list(_owners(name, modules))
+    if not any(own_class(owner).__module__.startswith("transformers.") for owner in owners):
+        return True
+    listed = any(isinstance(owner, nn.ModuleList) for owner in owners)
+    return listed and name.rpartition(".")[2] not in _ROUTERS
 
 
 def _is_left_alone(name: str, modules: dict[str, nn.Module]) -> bool:

@@ -16,6 +16,7 @@ from visionlora.errors import TargetError
 from visionlora.targets.heads import head_layers
 from visionlora.targets.parts import split_entry, split_rows
 from visionlora.targets.presets import auto
+from visionlora.targets.tied import check_untied, output_layers
 from visionlora.variants import VARIANTS, LowRank, Variant
 
 KEYWORDS: dict[str, Callable[[Geometry], bool]] = {
@@ -59,6 +60,7 @@ def select(model: nn.Module, config: LoraConfig) -> list[Site]:
         raise TargetError(
             f"target_modules={config.target_modules!r} leaves no layer of {own_class(model).__name__} to adapt"
         )
+    check_untied(model, chosen, config.modules_to_save)
     _check_patterns(config.rank_pattern, chosen, "rank_pattern")
     _check_patterns(config.alpha_pattern, chosen, "alpha_pattern")
     by_name = not _is_keyword(config.target_modules)
@@ -109,7 +111,8 @@ def _chosen(
         fit = {n: geo for n, geo in candidates.items() if not geo.depthwise or config.variant == "spatial"}
         if targets == "auto":
             return dict.fromkeys(auto(model, fit, heads), ())
-        return {n: () for n, geo in fit.items() if n not in heads and KEYWORDS[targets](geo)}
+        alone = {*heads, *output_layers(model)}
+        return {n: () for n, geo in fit.items() if n not in alone and KEYWORDS[targets](geo)}
     found = _matches(targets, candidates if isinstance(targets, str) else known, model, "target_modules")
     named = [split_entry(entry)[0] for entry in targets] if not isinstance(targets, str) else []
     kept = {n: parts for n, parts in found.items() if n not in heads or n in named}
