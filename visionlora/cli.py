@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from visionlora import __version__
-from visionlora.commands import arguments
+from visionlora.commands import arguments, bench_arguments
 from visionlora.commands.arguments import Parser
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError, NonFiniteError, VisionLoRAError
@@ -48,6 +48,11 @@ VERBS = {
     ),
     "combine": Verb("make one adapter of several", "visionlora.commands.combine", arguments.combine),
     "doctor": Verb("check a data set before training", "visionlora.commands.doctor", arguments.doctor),
+    "bench": Verb(
+        "time a training step over the physical floor, full fine-tuning and PEFT",
+        "visionlora.commands.bench",
+        bench_arguments.bench,
+    ),
     "scenes": Verb(
         "write small surveillance scenes, drawn from a seed", "visionlora.commands.scenes", arguments.scenes
     ),

@@ -1,0 +1,1 @@
+"""One training step measured: against the physical floor, full fine-tuning, a linear probe and PEFT."""

@@ -1,0 +1,58 @@
+"""PEFT on the same layers, rank, scale and layout, as its users run it. It stays optional."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from copy import deepcopy
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from visionlora.bench.contestants import Contestant, Skipped, lora_config
+from visionlora.bench.settings import Settings
+from visionlora.bench.workload import Workload
+from visionlora.targets import head_layers
+
+NAME = "default"
+
+
+def peft(workload: Workload, settings: Settings, layers: frozenset[str]) -> Contestant:
+    """Return the base with PEFT's LoRA on the layers and a trained head. Raises Skipped with PEFT's reason."""
+    if find_spec("peft") is None:
+        raise Skipped("not installed (pip install peft)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _adapted(workload, settings, layers)
+
+
+def _adapted(workload: Workload, settings: Settings, layers: frozenset[str]) -> Contestant:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    heads, ours = head_layers(workload.model), lora_config(settings)
+    config = LoraConfig(
+        r=ours.r,
+        lora_alpha=ours.lora_alpha,
+        target_modules="|".join(re.escape(name) for name in sorted(layers)),  # a pattern must match the whole name
+        modules_to_save=heads,
+    )
+    try:
+        model = get_peft_model(deepcopy(workload.model), config).eval()
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
+        raise Skipped(f"PEFT cannot adapt this model: {' '.join(str(e).split())[:200]}") from None
+    if settings.channels_last:  # PEFT makes its own factors contiguous
+        model.to(memory_format=torch.channels_last)
+    inner = model.base_model.model
+    adapted = {name: m for name, m in inner.named_modules() if isinstance(m, LoraLayer)}
+    if adapted.keys() != layers:
+        missing, extra = sorted(layers - adapted.keys())[:3], sorted(adapted.keys() - layers)[:3]
+        raise Skipped(f"PEFT adapts other layers: without {missing}, with {extra} beside them")
+    factors: dict[str, nn.Parameter] = {}
+    for name, layer in adapted.items():
+        factors |= {f"{name}/A": layer.lora_A[NAME].weight, f"{name}/B": layer.lora_B[NAME].weight}
+    for head in heads:
+        saved = inner.get_submodule(head).modules_to_save[NAME]
+        factors |= {f"{head}/{n}": p for n, p in saved.named_parameters()}
+    return Contestant("peft", model, layers, factors)

@@ -1,0 +1,116 @@
+"""The slow truth: LoRA written with dense weights and plain autograd. A fast wrong answer must never be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from visionlora.bench.contestants import Contestant, lora_config
+from visionlora.bench.settings import Settings
+from visionlora.bench.workload import Workload
+from visionlora.errors import VisionLoRAError
+
+SHARE = 0.1
+"""Size of the change over that of the weight, while it is checked: well above rounding."""
+
+
+class WrongResult(VisionLoRAError):
+    """A variant that does not compute what it is compared for."""
+
+
+class Truth:
+    """Loss and gradients of one adapter with numbers of its own, from dense weights."""
+
+    def __init__(self, workload: Workload, settings: Settings, factors: Mapping[str, Tensor]) -> None:
+        """The factors give the shapes: A, B of every layer, and the tensors of the head."""
+        self.workload, self.settings = workload, settings
+        self.scale = lora_config(settings).lora_alpha / settings.rank
+        self.tensors = {key: t.detach().clone() for key, t in factors.items()}
+        for key in [key for key in self.tensors if key.endswith("/B")]:
+            self.tensors[key] = self._start(key.removesuffix("/B"))
+        self.loss, self.grads = self._dense()
+
+    def check(self, contestant: Contestant) -> float:
+        """Give the contestant these numbers and return how far its gradient is off. Raises WrongResult."""
+        if contestant.factors.keys() != self.tensors.keys():
+            odd = sorted(contestant.factors.keys() ^ self.tensors.keys())[:3]
+            raise WrongResult(f"{contestant.name} trains other tensors than a plain LoRA: {', '.join(odd)}")
+        with torch.no_grad():
+            for key, parameter in contestant.factors.items():
+                if parameter.shape != self.tensors[key].shape:
+                    raise WrongResult(f"{contestant.name}: {key} has another shape, {tuple(parameter.shape)}")
+                parameter.copy_(self.tensors[key])
+        loss = contestant.loss(self.workload, self.settings)
+        loss.backward()
+        grads = {key: p.grad for key, p in contestant.factors.items()}
+        contestant.model.zero_grad(set_to_none=True)
+        return self._compare(contestant.name, float(loss.detach()), grads)
+
+    def check_base(self, contestant: Contestant) -> None:
+        """Raise WrongResult unless the contestant gives the base's loss, as every one does before it is trained."""
+        base = Contestant("base", self.workload.model).loss(self.workload, self.settings)
+        loss = contestant.loss(self.workload, self.settings)
+        if not _near(float(loss.detach()), float(base.detach()), self._tolerance()[0]):
+            raise WrongResult(f"{contestant.name} gives a loss of {float(loss)}, its base {float(base)}")
+
+    def _dense(self) -> tuple[float, dict[str, Tensor]]:
+        leaves = {key: t.requires_grad_() for key, t in self.tensors.items()}
+        own = dict(self.workload.model.named_parameters())
+        weights: dict[str, Tensor] = {}
+        for key, leaf in leaves.items():
+            layer, _, leafname = key.rpartition("/")
+            if leafname == "B":
+                stored = _stored(layer, own)
+                weights[stored] = own[stored].detach() + self.scale * _product(leaf, leaves[f"{layer}/A"], own[stored])
+            elif leafname != "A":
+                weights[f"{layer}.{leafname}".removeprefix(".")] = leaf
+        precision = torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.dtype == "bf16")
+        with precision:
+            loss = self.workload.loss(functional_call(self.workload.model, weights, self.workload.inputs))
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return float(loss.detach()), dict(zip(leaves, grads, strict=True))
+
+    def _start(self, layer: str) -> Tensor:
+        own = dict(self.workload.model.named_parameters())
+        weight, A, B = own[_stored(layer, own)].detach(), self.tensors[f"{layer}/A"], self.tensors[f"{layer}/B"]
+        B = torch.randn_like(B)
+        change = self.scale * _product(B, A, weight)
+        return B * (SHARE * weight.norm() / change.norm())
+
+    def _tolerance(self) -> tuple[float, float, float]:
+        # rounding turns a few units of a ReLU network on or off: 3e-3 of the gradient of ResNet-50 on 2 images
+        return (2e-2, 0.15, 0.7) if self.settings.dtype == "bf16" else (1e-3, 2e-2, 0.1)
+
+    def _compare(self, name: str, loss: float, grads: dict[str, Tensor | None]) -> float:
+        for_loss, for_all, for_each = self._tolerance()
+        if not _near(loss, self.loss, for_loss):
+            raise WrongResult(f"{name} gives a loss of {loss}, a plain LoRA with dense weights {self.loss}")
+        off, size = 0.0, 0.0
+        for key, true in self.grads.items():
+            grad = grads[key]
+            error = float((grad - true).norm()) if grad is not None else float("nan")
+            if not error <= for_each * float(true.norm()):
+                raise WrongResult(f"{name}: the gradient of {key} is off by {error:.2g} of {float(true.norm()):.2g}")
+            off, size = off + error**2, size + float(true.norm()) ** 2
+        if not off <= for_all**2 * size:
+            raise WrongResult(f"{name}: the gradient is off by {(off / size) ** 0.5:.2g} of its length")
+        return float((off / size) ** 0.5)
+
+
+def _product(B: Tensor, A: Tensor, weight: Tensor) -> Tensor:
+    """Return B @ A of every group in the shape of the weight: B is (out, r), A (groups * r, in, *kernel)."""
+    rank = B.shape[1]
+    groups = A.shape[0] // rank
+    rows = [b @ a for b, a in zip(B.reshape(groups, -1, rank), A.reshape(groups, rank, -1), strict=True)]
+    return torch.cat(rows).reshape(weight.shape)
+
+
+def _stored(layer: str, own: Mapping[str, Tensor]) -> str:
+    return layer if layer in own else f"{layer}.weight"
+
+
+def _near(a: float, b: float, tolerance: float) -> bool:
+    return abs(a - b) <= tolerance * max(abs(b), 1e-6)

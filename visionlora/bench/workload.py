@@ -1,0 +1,90 @@
+"""What is trained: a model with random weights, a batch and a loss, made from a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from visionlora.bench.settings import Settings
+from visionlora.errors import ConfigError
+from visionlora.targets import head_layers
+from visionlora.vision.backbone import create_backbone, data_config
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A base model in eval mode, what it is called with, and the loss of its output."""
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    loss: Callable[[Any], Tensor]
+
+
+Factory = Callable[[str, Settings], Workload]
+"""From a name to a workload; other kinds of models bring their own."""
+
+
+def image_workload(name: str, settings: Settings) -> Workload:
+    """Return a timm model with random weights, random images and labels. Raises ConfigError for an unknown name."""
+    torch.manual_seed(settings.seed)
+    model = _backbone(name, settings.size).eval().to(settings.device)
+    images = torch.randn(settings.batch, _channels(model), settings.size, settings.size, device=settings.device)
+    if settings.channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _waken(model, images)
+    labels = torch.randint(_outputs(model, images), (settings.batch,), device=settings.device)
+    return Workload(name, model, (images,), lambda logits: F.cross_entropy(logits, labels))
+
+
+def _backbone(name: str, size: int) -> nn.Module:
+    config = data_config(name)
+    args = {"img_size": size} if config["input_size"][-1] != size else {}
+    try:
+        return create_backbone(name, pretrained=False, model_args=args)
+    except ConfigError:
+        if not args:
+            raise
+        return create_backbone(name, pretrained=False)  # a model that takes images of any size has no img_size
+
+
+def _channels(model: nn.Module) -> int:
+    return int(data_config(model)["input_size"][0])
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, images: Tensor) -> int:
+    if not head_layers(model):
+        raise ConfigError(f"{type(model).__name__} has no classifier to train; name a model with one")
+    return int(model(images[:1]).shape[-1])
+
+
+@torch.no_grad()
+def _waken(model: nn.Module, images: Tensor) -> None:
+    """Change a fresh model in place: every branch has an effect and activations have the size of a trained model's.
+
+    timm starts the last norm of a residual block at zero and LayerScale at 1e-6: no gradient would reach the block and
+    no check of it could fail. BatchNorm's fresh statistics let activations die out, and tiny numbers are slow.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 1 and 0 <= parameter.abs().max() < 1e-2 and not _is_bias(model, parameter):
+            parameter.fill_(0.5)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _is_bias(model: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(module._parameters.get("bias") is parameter for module in model.modules())
