@@ -17,45 +17,36 @@ import json
 import logging
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import pytorch_lightning as pl
+from adaptation_rows import append, read_rows, tables, which
 from backbones import TF_INPUT, mobilenet_v1, mobilenet_v2, vit_mnist, with_classes
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import geometry_of
 from visionlora.data.folders import Sample, read_tree
 from visionlora.data.splits import stratified_split
 from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.module import ImageClassifier
 
-GRID: dict[str, tuple[float | None, ...]] = {
-    "lora": (None,),
-    "lora-bias": (None,),
-    "lora-affine": (None,),
-    "lora-stats": (None,),
-    "lora-depthwise": (None,),
-    "linear": (3e-3, 1e-2),
-    "norm": (1e-2, 3e-2),
-    "full": (3e-4, 1e-3, 3e-3),
+RATES: dict[str, tuple[float, ...]] = {"linear": (3e-3, 1e-2), "norm": (1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
+"""Learning rates of a method; the others run at the default of ImageClassifier."""
+FEWER_RATES: dict[str, tuple[float, ...]] = {"linear": (1e-2,), "norm": (1e-2,), "full": (3e-4,)}
+LORA: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora-bias": {"bias": "all"},
+    "lora-affine": {"norm": "affine"},
+    "lora-stats": {"norm": "stats-affine"},
+    "lora-depthwise": {"modules_to_save": ["conv_dw"]},
+    "lora-few-images": {"norm": "affine", "modules_to_save": ["conv_dw"], "r": 32, "lora_alpha": 64.0},
 }
-SHORT_GRID: dict[str, tuple[float | None, ...]] = {
-    "lora": (None,),
-    "lora-bias": (None,),
-    "lora-affine": (None,),
-    "lora-stats": (None,),
-    "lora-depthwise": (None,),
-    "linear": (1e-2,),
-    "norm": (1e-2,),
-    "full": (3e-4, 1e-3),
-}
+"""What the variations of LoRA set beside the defaults of LoraConfig."""
+MODES = (*LORA, "linear", "norm", "full")
 
 
 @dataclass(frozen=True)
@@ -76,12 +67,13 @@ class Task:
     """Parts of the target domain: for training, for the test, and unused."""
     group_by: str | None = None
     input: dict[str, Any] = field(default_factory=lambda: dict(TF_INPUT))
-    grid: dict[str, tuple[float | None, ...]] = field(default_factory=lambda: dict(GRID))
+    rates: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict(RATES))
+    modes: tuple[str, ...] = MODES
 
 
 def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int, shares: tuple[float, ...]) -> Task:
-    grid = SHORT_GRID if backbone is mobilenet_v2 else GRID
-    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, 8, shares, grid=grid)
+    rates = FEWER_RATES if backbone is mobilenet_v2 else RATES
+    return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, 8, shares, rates=rates)
 
 
 def signs(target: tuple[str, str], shares: tuple[float, ...]) -> Task:
@@ -99,6 +91,7 @@ TASKS = {
     "digits": Task(
         vit_mnist, "digits", 10, ("mnist_test", "mnist_test"), ("usps_train", "usps_test"), 28, 8, 0,
         input={"mean": [0.1307], "std": [0.3081], "in_chans": 1, "interpolation": "bilinear", "crop_pct": 1.0},
+        modes=("lora", "lora-bias", "linear", "norm", "full"),
     ),
 }  # fmt: skip
 
@@ -162,8 +155,15 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path) -> nn
     return net
 
 
-def runs(task: Task, modes: list[str], seeds: int) -> Iterator[tuple[int, str, float | None]]:
-    return ((seed, mode, rate) for seed in range(seeds) for mode in modes for rate in task.grid[mode])
+def runs(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what says which run it is: seed, mode, learning rate, and epochs and LoRA settings that were asked for."""
+    asked = {key: value for key, value in (("epochs", args.epochs), ("lora", args.lora)) if value is not None}
+    if not asked:
+        yield {"mode": "before", "seed": None, "lr": None}
+    for seed in args.seeds:
+        for mode in (m for m in task.modes if m in args.modes):
+            for rate in args.lr or task.rates.get(mode, (None,)):
+                yield {"mode": mode, "seed": seed, "lr": rate, **asked}
 
 
 def measure(name: str, args: argparse.Namespace) -> None:
@@ -171,65 +171,23 @@ def measure(name: str, args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     table = args.work / f"{name}.csv"
     write_parts(task, args.data, table)
-    done = already(args.out, name)
-    for seed, mode, rate in [(None, "before", None), *runs(task, args.modes, args.seeds)]:
-        if (seed, mode, rate) in done:
+    rows = read_rows(args.out)
+    for run in runs(task, args):
+        run = {"task": name, **run}
+        if any(which(row) == run for row in rows):  # a call that broke off has left it
             continue
-        net = base_of(task, name, table, args.weights, args.work)
-        epochs, settings = (task.epochs, settings_of(mode, rate, net)) if mode != "before" else (0, {})
-        scores = fit(net, data_of(task, table, "target", seed or 0), task.classes, epochs, seed or 0, **settings)
-        record(args.out, {"task": name, "mode": mode, "seed": seed, "lr": rate, **scores})
+        net, seed = base_of(task, name, table, args.weights, args.work), run["seed"] or 0
+        epochs = 0 if run["mode"] == "before" else run.get("epochs", task.epochs)
+        scores = fit(net, data_of(task, table, "target", seed), task.classes, epochs, seed, **settings_of(run))
+        append(args.out, run | scores | ({"trained": 0} if run["mode"] == "before" else {}))
 
 
-def settings_of(mode: str, rate: float | None, net: nn.Module) -> dict[str, Any]:
-    """Return the settings of a mode; the variations of LoRA differ from the defaults in what else they train."""
-    depthwise = [n for n, m in net.named_modules() if (geo := geometry_of(m)) is not None and geo.depthwise]
-    variations = {
-        "lora-bias": {"bias": "all"},
-        "lora-affine": {"norm": "affine"},
-        "lora-stats": {"norm": "stats-affine"},
-        "lora-depthwise": {"modules_to_save": depthwise or "auto"},
-    }
-    if mode in variations:
-        return {"mode": "lora", "lora": LoraConfig(**variations[mode]), "lr": rate}
-    return {"mode": mode, "lr": rate}
-
-
-def already(path: Path, name: str) -> set[tuple[Any, Any, Any]]:
-    """Return the runs of a task that a broken-off call has left in the results."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["task"] == name]
-    return {(row.get("seed"), row["mode"], row.get("lr")) for row in rows}
-
-
-def record(path: Path, row: dict[str, Any]) -> None:
-    print(row, flush=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def tables(path: Path) -> str:
-    """Return the Markdown tables of a results file."""
-    found: dict[str, dict[str, dict[Any, list[dict[str, Any]]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        found[row["task"]][row["mode"]][row.get("lr")].append(row)
-    lines = []
-    for task, modes in found.items():
-        lines += [f"### {task}", "", "| method | trained | target | source | s |", "|---|---|---|---|---|"]
-        for mode, rates in modes.items():
-            rate, rows = max(rates.items(), key=lambda item: mean(r["target"] for r in item[1]))
-            label = mode if rate is None else f"{mode} (lr {rate:g})"
-            cells = [f"{rows[0]['trained']:,}", *(spread([100 * r[k] for r in rows]) for k in ("target", "source"))]
-            lines.append(f"| {label} | {' | '.join(cells)} | {mean(r['seconds'] for r in rows):.0f} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of ImageClassifier for a run."""
+    mode = run["mode"]
+    if mode in LORA:
+        return {"mode": "lora", "lora": LoraConfig(**LORA[mode] | run.get("lora", {})), "lr": run["lr"]}
+    return {} if mode == "before" else {"mode": mode, "lr": run["lr"]}
 
 
 def main() -> None:
@@ -239,14 +197,17 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="folder with the weights backbones.py reads")
     parser.add_argument("--work", type=Path, default=Path("runs/adaptation"), help="where base models and lists go")
     parser.add_argument("--out", type=Path, default=Path("runs/adaptation.jsonl"))
-    parser.add_argument("--modes", nargs="+", default=list(GRID), choices=GRID)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, nargs="+", help="learning rates, instead of those of the method")
+    parser.add_argument("--epochs", type=int, help="instead of the epochs of the task")
+    parser.add_argument("--lora", type=json.loads, help="""more settings of LoraConfig: '{"r": 32}'""")
     parser.add_argument("--table", type=Path, help="print the tables of a results file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     if args.table:
-        print(tables(args.table))
+        print(tables(read_rows(args.table)))
     for name in args.tasks:
         measure(name, args)
 
