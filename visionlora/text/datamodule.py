@@ -1,0 +1,345 @@
+"""Text files and data sets as loaders for training, validation, tests by domain, and prediction."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sized
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any, get_args
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from visionlora.data.dataset import OnError
+from visionlora.data.parts import Division
+from visionlora.errors import ConfigError, DataError
+from visionlora.text.caching import cache_folder, cached_features
+from visionlora.text.collating import Collate, rows_of_stage
+from visionlora.text.columns import Example, TaskType, check_task
+from visionlora.text.examples import checked_examples
+from visionlora.text.features import Features
+from visionlora.text.labels import ProblemType, check_known, check_problem, label_list, labels_of
+from visionlora.text.layout import fitting_length, identity, ready_tokenizer
+from visionlora.text.packing import PackedFeatures, Packing, collate_packed
+from visionlora.text.parts import TextParts, divide
+from visionlora.text.prompts import Chat, columns_of
+from visionlora.text.reading import Documents, Row, read_rows, rows_of
+from visionlora.text.settings import Overlong, TokenSettings, describe, one_of
+from visionlora.training.sampler import ResumableSampler
+
+__all__ = ["TextData"]
+
+logger = logging.getLogger(__name__)
+
+
+class TextData(pl.LightningDataModule):
+    """Text, divided, tokenised and batched for a model of transformers.
+
+    The data set is a file (.csv, .tsv, .jsonl, .json, .parquet, .txt), a folder of such files, a folder written by
+    save_to_disk, or a data set by its name on the Hugging Face hub. Columns: SEQ_CLS text[,text_pair],label;
+    TOKEN_CLS tokens,tags; QUESTION_ANS question,context,answers (SQuAD's form, none means no answer); CAUSAL_LM text,
+    or prompt,response, or messages; SEQ_2_SEQ_LM source,target; all of them [,domain][,split]. Tests come as several
+    loaders, named by test_names: "target" first, then single domains, "source" last.
+
+    Args:
+        root: file, folder, glob or name of the data set.
+        val_root: likewise, all of it for validation.
+        test_root: likewise, all of it for the test.
+        subset: of a data set of the hub that has several, such as sst2 of nyu-mll/glue.
+        header: names of the columns of tables without a header line.
+        documents: what is one document of a .txt file.
+        columns: the data set's own column names by the task's: {text: sentence, label: sentiment}.
+        train_domains: domains to train on; by default all that are neither tested nor the source.
+        test_domains: domains that measure the target; by default examples held out of the training domains, and every
+            other domain on its own.
+        source_root: another data set like the base's own training, which measures forgetting.
+        source_domains: domains of source_root, or of the data set itself, that measure forgetting.
+        classes: labels or tags in the order of their numbers; by default the sorted ones of the training examples.
+        val_fraction: share held out for validation, where the files name no validation split.
+        test_fraction: share held out as target test, where the files name no split and there are no test_domains.
+        split_seed: of held-out parts and shots.
+        group_by: column whose equal values stay in one part; equal texts, and questions about one context, always do.
+        shots: training examples of each label; by default all.
+        template: how a row becomes a prompt (CAUSAL_LM) or a source (SEQ_2_SEQ_LM), with columns in braces:
+            "Summarize: {dialogue}"; the response or the target keeps its column.
+        chat: auto writes prompts as the tokenizer's chat template does, where it has one; off writes plain lines.
+        seed: of the order of training examples; by default the run's seed_everything.
+        model_name: model of transformers, a name or a folder, whose tokenizer is used.
+        tokenizer: name or folder of another tokenizer, or a tokenizer; by default the model's own.
+        task_type: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or SEQ_2_SEQ_LM.
+        problem_type: of SEQ_CLS: one label, several labels (a list), or a number to predict.
+        max_length: tokens of an input; by default 512, for questions 384, or what the tokenizer allows.
+        max_target_length: tokens of what is to be written; 64, or a quarter of max_length where that is less.
+        stride: tokens that two windows of one long context share; 128, or a quarter of max_length where that is less.
+        overlong: what becomes of longer inputs: cut, split (TOKEN_CLS, QUESTION_ANS, documents of CAUSAL_LM) or raise;
+            auto splits where that is possible and cuts elsewhere. A prompt that is cut loses its middle.
+        packing: documents puts several training documents of CAUSAL_LM in one row; they do not see each other.
+        batch_size: features in a batch, on each device.
+        num_workers: processes that make batches; the tokens are ready, so one process is mostly enough.
+        on_error: raise stops at an example that cannot be used, skip leaves it out, logs and counts it.
+        train_sampler: makes a sampler for the training features; by default a ResumableSampler, which a run can resume.
+        predict_source: file, folder or glob to predict on; labels are not needed there.
+        cache: folder that keeps tokens for the next run; auto is the user's cache folder, none keeps nothing.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        *,
+        val_root: str | None = None,
+        test_root: str | None = None,
+        subset: str | None = None,
+        header: list[str] | None = None,
+        documents: Documents = "line",
+        columns: dict[str, str] | None = None,
+        train_domains: list[str] | None = None,
+        test_domains: list[str] | None = None,
+        source_root: str | None = None,
+        source_domains: list[str] | None = None,
+        classes: list[str] | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        split_seed: int = 0,
+        group_by: str | None = None,
+        shots: int | None = None,
+        template: str | None = None,
+        chat: Chat = "auto",
+        seed: int | None = None,
+        model_name: str | None = None,
+        tokenizer: Any = None,
+        task_type: TaskType | None = None,
+        problem_type: ProblemType = "single_label_classification",
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        stride: int | None = None,
+        overlong: Overlong = "auto",
+        packing: Packing = "none",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        on_error: OnError = "raise",
+        train_sampler: Callable[[Sized], Sampler[int]] | None = None,
+        predict_source: str | None = None,
+        cache: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["train_sampler", "tokenizer"], logger=False)
+        if task_type is None:
+            raise ConfigError("task_type is needed: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or SEQ_2_SEQ_LM")
+        if batch_size < 1 or num_workers < 0:
+            raise ConfigError("batch_size must be above 0, num_workers at least 0")
+        one_of("documents", documents, get_args(Documents))
+        one_of("on_error", on_error, get_args(OnError))
+        one_of("packing", packing, get_args(Packing))
+        self.task_type = check_task(task_type)
+        self.problem_type = check_problem(problem_type, self.task_type)
+        if packing != "none" and self.task_type != "CAUSAL_LM":
+            raise ConfigError(f"packing belongs to CAUSAL_LM: in a row of {self.task_type} texts would see each other")
+        if template is not None and columns_of(template) and self.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise ConfigError(f"template writes prompts of CAUSAL_LM and SEQ_2_SEQ_LM; {self.task_type} has none")
+        self.root, self.val_root, self.test_root, self.source_root = root, val_root, test_root, source_root
+        self.predict_source, self.template, self.chat, self.packing = predict_source, template, chat, packing
+        self.batch_size, self.num_workers, self.on_error, self.seed = batch_size, num_workers, on_error, seed
+        self.train_sampler, self.model_name, self.cache = train_sampler, model_name, cache_folder(cache)
+        self.columns = {**(columns or {}), **({"group": group_by} if group_by is not None else {})}
+        self.skipped: dict[str, list[str]] = {}
+        """Examples left out so far by on_error="skip", by data set: their places with the reason."""
+        self._read = partial(read_rows, subset=subset, header=header, documents=documents)
+        self._rows: list[Row] | None = None
+        self._classes, self._tokenizer = classes, tokenizer
+        self._lengths = (max_length, max_target_length, stride, overlong)
+        self._division = Division(
+            train_domains, test_domains, source_domains, val_fraction, test_fraction, split_seed, None, shots
+        )
+        self._features: dict[str, Features] = {}
+
+    @classmethod
+    def from_rows(cls, rows: Any, **settings: Any) -> TextData:
+        """Return the data module of rows in memory: dicts, a pandas frame, a Dataset, or a dict of these by split."""
+        data = cls("rows", **settings)
+        data._rows = rows_of(rows)
+        return data
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the texts go through, as plain data."""
+        settings = self._settings().to_dict()
+        name = self._tokenizer if isinstance(self._tokenizer, str) else self.model_name
+        return {
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+            "tokenizer": {"name": name, "fingerprint": identity(self.tokenizer)},
+            "columns": self.columns,
+            "packing": self.packing,
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, padding on the right. Raises ConfigError where it cannot be had or cannot pad."""
+        given = self._tokenizer if self._tokenizer is not None else self.model_name
+        if given is None:
+            raise ConfigError("no tokenizer: give model_name or tokenizer")
+        return ready_tokenizer(given, self.task_type)
+
+    @cached_property
+    def parts(self) -> TextParts:
+        """The divided data set. The first use reads the files."""
+        if self.root is None:
+            raise DataError("no data: give a file, a folder or the name of a data set as root")
+        rows = self._rows if self._rows is not None else self._read(self.root)
+        for root, split in ((self.val_root, "val"), (self.test_root, "test")):
+            if root is not None:
+                rows = [replace(row, split=row.split or "train") for row in rows if row.split != split]
+                rows += [replace(row, split=split) for row in self._read(root)]
+        source = None if self.source_root is None else self._examples("source", self._read(self.source_root))
+        parts = divide(self._examples("data", rows), self._division, source=source)
+        tests = {f"test {name}": part for name, part in parts.tests.items()}
+        counts = {"train": parts.train, "val": parts.val, **tests}
+        logger.info("examples: %s", ", ".join(f"{name} {len(part)}" for name, part in counts.items()))
+        return parts
+
+    @cached_property
+    def label_names(self) -> list[str] | None:
+        """The labels or tags in the order of their numbers; None for tasks that have none."""
+        if self.task_type not in ("SEQ_CLS", "TOKEN_CLS") or self.problem_type == "regression":
+            return None
+        if self.root is None and self._classes is not None:
+            return label_list([], classes=self._classes)
+        names = label_list(self.parts.train, classes=self._classes)
+        for where, part in {"validation": self.parts.val, **self.parts.tests}.items():
+            check_known(part, names, where=where)
+        return names
+
+    @property
+    def num_labels(self) -> int:
+        """How many numbers the head gives: one a label, 1 for regression, 0 for tasks without labels."""
+        return len(self.label_names) if self.label_names is not None else int(self.problem_type == "regression")
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Training examples of each label, or training words of each tag."""
+        counts = Counter(label for example in self.parts.train for label in labels_of(example))
+        return [counts[name] for name in self.label_names or ()]
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the test loaders, in their order."""
+        return list(self.parts.tests)
+
+    @property
+    def examples(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows that evaluation compares with, by stage: val, test/<name> (test, if there is one), predict."""
+        parts = {} if self.root is None else {"val": self.parts.val}
+        if self.root is not None:
+            tests = {f"test/{name}": part for name, part in self.parts.tests.items()}
+            parts |= tests if len(tests) != 1 else {**tests, "test": next(iter(tests.values()))}
+        if self.predict_source is not None:
+            parts["predict"] = self._to_predict
+        return {stage: rows_of_stage(part, self.task_type) for stage, part in parts.items()}
+
+    def prepare_data(self) -> None:
+        """Tokenise in one process of a node, where a cache lets the others read what it made."""
+        if self.cache is not None and self.root is not None and self.parts:
+            for part in ("train", "val", *(f"test {name}" for name in self.parts.tests)):
+                if self._part(part):
+                    self._tokens(part)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        features = self._tokens("train")
+        data: Dataset[dict[str, Any]] = features
+        collate: Callable[[Any], Any] = Collate(self.tokenizer, self._settings())
+        if self.packing == "documents":
+            data = PackedFeatures(features, self._settings().max_length)
+            collate = partial(collate_packed, padding=self.tokenizer.pad_token_id)
+        size = len(data)  # type: ignore[arg-type]
+        sampler = (self.train_sampler or self._resumable)(data)  # type: ignore[arg-type]
+        whole = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
+        # a small last batch would weigh its examples more than the others; a set smaller than a batch is one batch
+        return self._loader(data, collate, sampler=sampler, drop_last=size >= whole)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        if not self.parts.val:
+            raise DataError("no validation examples: set val_fraction above 0, or --trainer.limit_val_batches 0")
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return [self._evaluation(f"test {name}") for name in self.parts.tests]
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        if self.predict_source is None:
+            raise DataError("nothing to predict: give a file, folder or glob as predict_source")
+        return self._evaluation("predict")
+
+    def statistics_dataloader(self) -> DataLoader[Any]:
+        """Return the training examples as evaluation sees them, once and in order, to estimate statistics."""
+        return self._evaluation("train")
+
+    def teardown(self, stage: str) -> None:
+        for name, places in self.skipped.items():
+            logger.warning("%s: %d examples could not be used", name, len(places))
+
+    def _examples(self, name: str, rows: list[Row], *, answered: bool = True) -> list[Example]:
+        found, skipped = checked_examples(
+            rows, self.task_type, self.columns, template=self.template, answered=answered, on_error=self.on_error
+        )
+        if skipped:
+            self.skipped[name] = skipped
+        return found
+
+    @cached_property
+    def _to_predict(self) -> list[Example]:
+        return self._examples("predict", self._read(str(self.predict_source)), answered=False)
+
+    def _part(self, part: str) -> list[Example]:
+        if part == "predict":
+            return self._to_predict
+        tests = {f"test {name}": examples for name, examples in self.parts.tests.items()}
+        return {"train": self.parts.train, "val": self.parts.val, **tests}[part]
+
+    def _settings(self, *, answered: bool = True) -> TokenSettings:
+        longest, target, stride, overlong = self._lengths
+        length = fitting_length(self.tokenizer, longest, self.task_type)
+        return TokenSettings(
+            self.task_type, length, min(64, length // 4) if target is None else target,
+            min(128, length // 4) if stride is None else stride, overlong, self.template, self.chat,
+            self.problem_type, tuple(self.label_names or ()) if answered else (), answered,
+        )  # fmt: skip
+
+    def _tokens(self, part: str) -> Features:
+        if part not in self._features:
+            settings = self._settings(answered=part != "predict")
+            features = cached_features(self._part(part), self.tokenizer, settings, self.cache)
+            if told := describe(features.counts, settings.max_length):
+                logger.warning("%s: %s", part, told)
+            self._features[part] = features
+        return self._features[part]
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What was cut, split and dropped so far, by part."""
+        return {part: features.counts for part, features in self._features.items()}
+
+    def _evaluation(self, part: str) -> DataLoader[Any]:
+        settings = self._settings(answered=part != "predict")
+        return self._loader(self._tokens(part), Collate(self.tokenizer, settings, self._part(part)))
+
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+
+    def _resumable(self, data: Sized) -> Sampler[int]:
+        return ResumableSampler(len(data), seed=self._seed())
+
+    def _loader(
+        self,
+        data: Dataset[dict[str, Any]],
+        collate: Callable[[Any], Any],
+        *,
+        sampler: Sampler[int] | None = None,
+        drop_last: bool = False,
+    ) -> DataLoader[Any]:
+        return DataLoader(
+            data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate,
+            drop_last=drop_last, pin_memory=torch.cuda.is_available(), persistent_workers=self.num_workers > 0,
+        )  # fmt: skip
