@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from visionlora.core.attach import own_class
 from visionlora.errors import BaseMismatchError, ConfigError
 from visionlora.merging import base_state_dict, fingerprint, head_fingerprint
+from visionlora.targets.heads import is_transformers
 
 
 def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -31,6 +32,11 @@ def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, A
 def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
     """Raise BaseMismatchError unless the model is the very base the adapter was trained on."""
     came = describe_base(model, None)
+    if is_transformers(model) and recorded["class"] not in (None, came["class"]):
+        raise BaseMismatchError(
+            f"the adapter was trained on a {recorded['class']}, this model is a {came['class']}: another task or "
+            "architecture. Build that model, or load both tasks on one backbone with visionlora.text.TaskModels"
+        )
     if recorded["fingerprint"] in (None, came["fingerprint"]):
         return
     cure = "load that base, or pass allow_other_base=True if its weights may differ"

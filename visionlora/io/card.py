@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from visionlora.io.record import TEXT
 from visionlora.variants import VARIANTS
 
 GENERATED = "<!-- written by visionlora at every save; delete this line to keep your own text -->"
 
 _TEMPLATE = """---
 library_name: visionlora
-tags: [lora, image-classification, timm]
+tags: [lora, {tags}]
 ---
 {generated}
 
@@ -34,9 +35,9 @@ base and nothing else; the base is left untouched.
 ## Load
 
 ```python
-import visionlora as vl
+import visionlora as vl{imported}
 
-model = vl.load_model("path/to/this/folder")  # rebuilds the base and checks its weights
+model = {loader}("path/to/this/folder")  # rebuilds the base and checks its weights
 vl.load_adapter(other, "path/to/this/folder")  # or onto a model of the same base
 ```
 {peft}
@@ -49,8 +50,12 @@ def card(record: dict[str, Any], parameters: int, size: int, reasons: Iterable[s
     base, config, layers = record["base"], record["plan"]["config"], record["plan"]["layers"]
     ranks = sorted({entry["rank"] for entry in layers.values()})
     name = base["name"] or base["class"]
+    text = TEXT in (record["data"] or {})
     return _TEMPLATE.format(
         generated=GENERATED,
+        tags="transformers" if text else "image-classification, timm",
+        imported="\nfrom visionlora.text import load_model" if text else "",
+        loader="load_model" if text else "vl.load_model",
         name=record["name"],
         variant=VARIANTS[config["variant"]].__name__,
         base=name,
@@ -78,6 +83,8 @@ def _classes(names: list[str] | None) -> str:
 def _data(data: dict[str, Any] | None) -> str:
     if data is None:
         return "not recorded"
+    if TEXT in data:
+        return f"{_cell(str(data[TEXT]))}" + (f", at most {data['max_length']} tokens" if "max_length" in data else "")
     size = "x".join(map(str, data["input_size"]))
     return f"{size}, mean {data['mean']}, std {data['std']}, {data['interpolation']}, crop {data['crop_pct']}"
 

@@ -133,7 +133,7 @@ def _check_head(model: nn.Module, plan: Plan, file: AdapterFile, other_base: boo
 
 def _count(file: AdapterFile) -> int | str:
     heads = [layer for layer, roles in file.record["plan"]["values"].items() if roles.get("weight") == "head"]
-    return file.tensors[f"{heads[0]}/weight/value"].shape[0] if heads else "the same"
+    return file.tensors[f"{heads[-1]}/weight/value"].shape[0] if heads else "the same"
 
 
 def _listed(names: list[str] | None) -> str:

@@ -5,22 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from visionlora.config import ADAPTER_NAME, LoraConfig
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.keys import core_key
-from visionlora.io.strict import ListOf, MapOf, Maybe, Rule, Schema, check, is_finite, is_whole, parse_object, wrong
+from visionlora.io.strict import (
+    ByField,
+    ListOf,
+    MapOf,
+    Maybe,
+    Rule,
+    Schema,
+    check,
+    is_finite,
+    is_whole,
+    parse_object,
+    wrong,
+)
 from visionlora.variants import VARIANTS, LowRank
 
 FORMAT_VERSION = 1
+TEXT = "task_type"
+"""Field of the record's data that texts have and images have not."""
 RECORD, RECORD_SUM = "visionlora", "visionlora_sha256"
 """Names in the metadata of the weights file."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _LAYER = re.compile(r"([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)?")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,128}")
+_MODEL = re.compile(rf"{_WORD.pattern}|[A-Za-z0-9][A-Za-z0-9_.-]{{0,95}}/[A-Za-z0-9][A-Za-z0-9_.-]{{0,95}}")
 _ARG = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # arguments of timm.create_model that fetch, read or replace something: a file may size a model, never do that
 _FORBIDDEN_ARG = re.compile(
@@ -38,6 +54,19 @@ def _whole(low: int, high: int) -> Rule:
 
 def _choice(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda v: isinstance(v, str) and v in choices)
+
+
+def _is_plain(value: object, depth: int = 4) -> bool:
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= 100_000 and all(_is_plain(v, depth - 1) for v in value)
+    if isinstance(value, dict):
+        return depth > 0 and len(value) <= 1000 and all(_is_plain(v, depth - 1) for v in (*value, *value.values()))
+    return (
+        value is None
+        or isinstance(value, bool)
+        or is_finite(value)
+        or (isinstance(value, str) and len(value) < 1 << 16)
+    )
 
 
 def _is_scalar(value: object) -> bool:
@@ -67,6 +96,16 @@ _ARGUMENT_NAME = Rule(
 )
 _POSITIVE = Rule("a finite number above 0", lambda v: is_finite(v) and v > 0)
 
+_PLAIN = Rule("numbers, texts, lists and objects of them", _is_plain)
+_IMAGES: Schema = {
+    "input_size": ListOf(_whole(1, 1 << 16), 3),
+    "mean": ListOf(_FINITE, 64),
+    "std": ListOf(_POSITIVE, 64),
+    "interpolation": _NAME,
+    "crop_pct": _POSITIVE,
+    "crop_mode": _NAME,
+}
+
 _LAYER_ENTRY: Schema = {
     "attribute": _ATTRIBUTE,
     "rank": _whole(1, 1 << 30),
@@ -79,7 +118,7 @@ SCHEMA: Schema = {
     ),
     "name": _text(ADAPTER_NAME, "an adapter name, 1 to 64 of A-Z a-z 0-9 _ -"),
     "base": {
-        "name": Maybe(_NAME),
+        "name": Maybe(_text(_MODEL, "a word of letters, digits and _ . + -, or owner/name")),
         "tag": Maybe(_NAME),
         "args": MapOf(_ARGUMENT_NAME, _ARGUMENT, 64),
         "class": Maybe(_NAME),
@@ -93,16 +132,7 @@ SCHEMA: Schema = {
         "values": MapOf(_LAYER_NAME, MapOf(_ATTRIBUTE, _choice("head", "norm", "bias", "saved"), 64), 20_000),
     },
     "classes": Maybe(ListOf(_LINE, 100_000)),
-    "data": Maybe(
-        {
-            "input_size": ListOf(_whole(1, 1 << 16), 3),
-            "mean": ListOf(_FINITE, 64),
-            "std": ListOf(_POSITIVE, 64),
-            "interpolation": _NAME,
-            "crop_pct": _POSITIVE,
-            "crop_mode": _NAME,
-        }
-    ),
+    "data": Maybe(ByField(TEXT, present=MapOf(_ARGUMENT_NAME, _PLAIN, 64), absent=_IMAGES)),
     "metrics": MapOf(
         _LINE,
         Rule("a finite number, a line of text or null", lambda v: v is None or is_finite(v) or _LINE.holds(v)),
@@ -197,11 +227,11 @@ def _check_pair(field: str, rank: int, A: tuple[int, ...] | None, B: tuple[int, 
 
 def _check_classes(record: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     classes = record["classes"]
-    for layer, attributes in record["plan"]["values"].items():
-        if classes is not None and attributes.get("weight") == "head":
-            rows = shapes[f"{layer}/weight/value"][:1]
-            if rows != (len(classes),):
-                raise AdapterFileError(f"classes: {len(classes)} names for {rows[0] if rows else 0} outputs of {layer}")
+    heads = [layer for layer, attributes in record["plan"]["values"].items() if attributes.get("weight") == "head"]
+    for layer in heads[-1:] if classes is not None else ():  # the last one tells classes apart
+        rows = shapes[f"{layer}/weight/value"][:1]
+        if rows != (len(classes),):
+            raise AdapterFileError(f"classes: {len(classes)} names for {rows[0] if rows else 0} outputs of {layer}")
 
 
 def _list_keys(problem: str, keys: set[str]) -> None:
@@ -217,7 +247,7 @@ def _digest(text: str) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of the packages whose behaviour an adapter depends on."""
     found = {}
-    for package in ("visionlora", "torch", "timm"):
+    for package in ("visionlora", "torch", "timm", *(["transformers"] if "transformers" in sys.modules else [])):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a source tree, or without timm

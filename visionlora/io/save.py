@@ -22,7 +22,7 @@ from visionlora.io.keys import as_stored, file_keys
 from visionlora.io.peft_mirror import peft_config
 from visionlora.io.plain import as_plain
 from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
-from visionlora.io.record import FORMAT_VERSION, check_agreement, check_record, to_metadata, versions
+from visionlora.io.record import FORMAT_VERSION, TEXT, check_agreement, check_record, to_metadata, versions
 from visionlora.io.strict import is_finite
 from visionlora.merging import tensor_digest
 from visionlora.plan import Plan
@@ -42,8 +42,9 @@ def save_adapter(
     """Write one adapter to a directory, which is made where needed, and return its path.
 
     `base` tells how the base was built, {"name": timm's name, "tag": ..., "args": ...}; what timm recorded on the model
-    is the default. `data` is timm's data config (input_size, mean, std, interpolation, crop_pct). A number that is not
-    finite is stored in `metrics` as null. An adapter already there is replaced; if anything fails it stays as it was.
+    is the default. `data` is timm's data config (input_size, mean, std, interpolation, crop_pct), for texts any plain
+    data with a task_type. A number that is not finite is stored in `metrics` as null. An adapter already there is
+    replaced; if anything fails it stays as it was.
     Raises ConfigError for values that the record cannot hold, OSError for a disk that is full or read-only.
     """
     plan, state = as_plain(adapter_plan(model, name), adapter_state(model, name))
@@ -92,7 +93,7 @@ def _record(
         "base": described,
         "plan": plan.to_record(),
         "classes": list(classes) if classes is not None else None,
-        "data": {"crop_mode": "center", **data} if data is not None else None,
+        "data": data if data is None or TEXT in data else {"crop_mode": "center", **data},
         "metrics": {key: _plain_metric(value) for key, value in (metrics or {}).items()},
         "versions": versions(),
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

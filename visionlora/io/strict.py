@@ -42,7 +42,16 @@ class MapOf:
     limit: int
 
 
-Schema = Rule | Maybe | ListOf | MapOf | dict[str, Any]
+@dataclass(frozen=True)
+class ByField:
+    """An object of one schema if it has a field, of another if it has not."""
+
+    field: str
+    present: Schema
+    absent: Schema
+
+
+Schema = Rule | Maybe | ListOf | MapOf | ByField | dict[str, Any]
 """A dict is an object with exactly these fields."""
 
 
@@ -82,6 +91,9 @@ def check(value: object, schema: Schema, field: str) -> None:
         _check_list(value, schema, field)
     elif isinstance(schema, MapOf):
         _check_map(value, schema, field)
+    elif isinstance(schema, ByField):
+        has = isinstance(value, dict) and schema.field in value
+        check(value, schema.present if has else schema.absent, field)
     else:
         _check_object(value, schema, field)
 
