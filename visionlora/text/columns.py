@@ -132,7 +132,7 @@ def _lacking(
         ",".join((*form.inputs, *(form.answers if answered else ()), *(f"[{name}]" for name in form.optional)))
         for form in forms
     )
-    nearest = forms[-1] if not any(columns.get(n, n) in have for n in forms[0].inputs) else forms[0]
+    nearest = max(reversed(forms), key=lambda form: sum(columns.get(n, n) in have for n in form.inputs + form.answers))
     lacks = [n for n in (*nearest.inputs, *(nearest.answers if answered else ())) if columns.get(n, n) not in have]
     named = columns.get(lacks[0], lacks[0])
     near = did_you_mean(named, have)
