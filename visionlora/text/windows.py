@@ -74,8 +74,9 @@ def span_of(offsets: Sequence[tuple[int, int]], answers: Mapping[str, Sequence[A
 
 
 def words_at(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Return which word each token of the words, joined by spaces, ends in; a space belongs to the word after it."""
-    of_character = [0] * len(words[0])
+    """Return which word each token of the words, joined by spaces, ends in; a lone space goes to the word after it."""
+    text, of_character = " ".join(words), [0] * len(words[0])
     for number, word in enumerate(words[1:], 1):
         of_character += [number] * (1 + len(word))
-    return [of_character[max(start, end - 1)] for start, end in offsets]
+    ends = [max(start, start + len(text[start:end].rstrip()) - 1) for start, end in offsets]
+    return [of_character[end] for end in ends]
