@@ -62,8 +62,9 @@ def divide(examples: Sequence[Example], division: Division, *, source: Sequence[
 def content_key(example: Example) -> bytes:
     """Return a hash of what an example asks, whatever its answer, its case and its spaces."""
     fields = example.fields
-    asked = [(name, fields[name]) for name in sorted(fields) if name in INPUTS] or sorted(fields.items())
-    return blake2b(" ".join(str(asked).lower().split()).encode(), digest_size=12).digest()
+    asked = [name for name in sorted(fields) if name in INPUTS] or sorted(fields)
+    plain = [" ".join(str(fields[name]).lower().split()) for name in asked]
+    return blake2b("\n".join(plain).encode(), digest_size=12).digest()
 
 
 def _samples(examples: Sequence[Example]) -> list[tuple[Sample, Example]]:
