@@ -34,7 +34,8 @@ class Collate:
         """Return a batch: tensors, and in evaluation lists: rows, example_id, offset_mapping, word_ids, references."""
         inputs = [{k: v for k, v in item.items() if k not in ASIDE} for item in items]
         opened = self.settings.task == "CAUSAL_LM" and not self.settings.answered
-        batch = self._left(item["input_ids"] for item in items) if opened else dict(self._pad(inputs))
+        padded = self._left(item["input_ids"] for item in items) if opened else self._pad(inputs)
+        batch = {name: value for name, value in padded.items() if value is not None}
         if self.settings.problem == "multi_label_classification" and "labels" in batch:
             batch["labels"] = batch["labels"].float()
         return batch if self.rows is None else {**batch, **self._aside(items, self.rows)}

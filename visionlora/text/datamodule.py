@@ -240,8 +240,9 @@ class TextData(pl.LightningDataModule):
         return {stage: rows_of_stage(part, self.task_type) for stage, part in parts.items()}
 
     def prepare_data(self) -> None:
-        """Tokenise in one process of a node, where a cache lets the others read what it made."""
-        if self.cache is not None and self.root is not None and self.parts:
+        """Tokenise in one process of a node where there are several, which then read what it kept."""
+        several = self.trainer is not None and self.trainer.world_size > 1
+        if several and self.cache is not None and self.root is not None:
             for part in ("train", "val", *(f"test {name}" for name in self.parts.tests)):
                 if self._part(part):
                     self._tokens(part)
