@@ -97,4 +97,4 @@ def _order(name: str) -> Callable[[], AbstractContextManager[object]]:
         return nullcontext
     from visionlora.core.orders import forced
 
-    return lambda: forced(name)  # type: ignore[arg-type]
+    return lambda: forced(name)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from visionlora.bench.contestants import Contestant, Skipped, floor, full, linear, ours
 from visionlora.bench.counts import Counts, count
 from visionlora.bench.peft_contestant import peft
@@ -63,7 +65,10 @@ def build(workload: Workload, settings: Settings) -> tuple[list[Contestant], Res
     contestants = []
     for name in [v for v in VARIANTS if v == "floor" or v in settings.variants]:
         try:
-            contestants.append(_checked(makers[name](), truth, result))
+            contestant = makers[name]()
+            if settings.channels_last:  # the factors of adapters too, whoever made them
+                contestant.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            contestants.append(_checked(contestant, truth, result))
         except Skipped as e:
             result.skipped[name] = str(e)
     return contestants, result

@@ -52,7 +52,7 @@ def _peak_cpu(forward: Pass) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         forward().backward()
     live = peak = 0
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)

@@ -7,7 +7,6 @@ import warnings
 from copy import deepcopy
 from importlib.util import find_spec
 
-import torch
 from torch import nn
 
 from visionlora.bench.contestants import Contestant, Skipped, lora_config
@@ -42,8 +41,6 @@ def _adapted(workload: Workload, settings: Settings, layers: frozenset[str]) -> 
         model = get_peft_model(deepcopy(workload.model), config).eval()
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
         raise Skipped(f"PEFT cannot adapt this model: {' '.join(str(e).split())[:200]}") from None
-    if settings.channels_last:  # PEFT makes its own factors contiguous
-        model.to(memory_format=torch.channels_last)
     inner = model.base_model.model
     adapted = {name: m for name, m in inner.named_modules() if isinstance(m, LoraLayer)}
     if adapted.keys() != layers:

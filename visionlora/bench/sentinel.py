@@ -19,12 +19,12 @@ class Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, switch: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, out: Tensor, switch: Tensor) -> Tensor:
         ctx.mark_dirty(out)  # neither a leaf nor a view: an in-place activation may follow
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad[(0,) * grad.ndim].float()
 
 
@@ -64,7 +64,7 @@ def _try(switch: Tensor, reached: list[str], name: str, module: nn.Module, args:
 
 
 def _start(switch: Tensor, module: nn.Module, args: Any, out: Any) -> Any:
-    started = Start.apply(_first(out), switch)  # type: ignore[no-untyped-call]
+    started = Start.apply(_first(out), switch)
     return started if isinstance(out, Tensor) else (started, *out[1:])
 
 

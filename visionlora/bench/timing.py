@@ -91,8 +91,11 @@ class Runner:
 
 def watch_for(settings: Settings) -> Watch:
     """Return a watch of the clock that the settings name."""
-    if settings.device == "cuda":
-        return _CudaWatch()
+    return _CudaWatch() if settings.device == "cuda" else host_watch(settings)
+
+
+def host_watch(settings: Settings) -> Watch:
+    """Return a watch of the processor's clock, whatever device computes."""
     return _HostWatch(time.process_time if settings.clock == "cpu" else time.perf_counter)
 
 

@@ -51,10 +51,12 @@ class Truth:
 
     def check_base(self, contestant: Contestant) -> None:
         """Raise WrongResult unless the contestant gives the base's loss, as every one does before it is trained."""
-        base = Contestant("base", self.workload.model).loss(self.workload, self.settings)
-        loss = contestant.loss(self.workload, self.settings)
-        if not _near(float(loss.detach()), float(base.detach()), self._tolerance()[0]):
-            raise WrongResult(f"{contestant.name} gives a loss of {float(loss)}, its base {float(base)}")
+        base, loss = (
+            float(c.loss(self.workload, self.settings).detach())
+            for c in (Contestant("", self.workload.model), contestant)
+        )
+        if not _near(loss, base, self._tolerance()[0]):
+            raise WrongResult(f"{contestant.name} gives a loss of {loss}, its base {base}")
 
     def _dense(self) -> tuple[float, dict[str, Tensor]]:
         leaves = {key: t.requires_grad_() for key, t in self.tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 from visionlora.adapt import activate, apply_lora, remove
 from visionlora.bench.contestants import lora_config
 from visionlora.bench.settings import Settings
-from visionlora.bench.timing import watch_for
+from visionlora.bench.timing import host_watch
 from visionlora.io import load_adapter, save_adapter
 from visionlora.vision.backbone import create_backbone
 
@@ -55,21 +56,30 @@ def verbs(model_name: str, settings: Settings) -> dict[str, list[float]]:
     return found
 
 
-def imports() -> dict[str, list[float]]:
-    """Return milliseconds of processor time of first imports, each in fresh processes, in turns."""
+def imports(repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Return milliseconds of processor time of first imports, each in fresh processes that find compiled files."""
     found: dict[str, list[float]] = {what: [] for what in IMPORTS}
-    for _ in range(REPEATS):
-        for what, statement in IMPORTS.items():
-            code = f"import time; start = time.process_time(); {statement}; print(time.process_time() - start)"
-            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-            found[what].append(1e3 * float(done.stdout))
+    with TemporaryDirectory() as folder:
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        env["PYTHONPYCACHEPREFIX"] = folder
+        for turn in range(repeats + 1):
+            for what, statement in IMPORTS.items():
+                spent = _spent(statement, env)
+                if turn:  # the first one compiles
+                    found[what].append(spent)
     return found
+
+
+def _spent(statement: str, env: dict[str, str]) -> float:
+    code = f"import time; start = time.process_time(); {statement}; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=env)
+    return 1e3 * float(done.stdout)
 
 
 def _repeated(settings: Settings, do: Callable[[], object], undo: Callable[[], object]) -> list[float]:
     times = []
     for _ in range(REPEATS):
-        watch = watch_for(settings)
+        watch = host_watch(settings)
         watch.mark()
         do()
         watch.mark()

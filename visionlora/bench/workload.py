@@ -37,7 +37,7 @@ def image_workload(name: str, settings: Settings) -> Workload:
     model = _backbone(name, settings.size).eval().to(settings.device)
     images = torch.randn(settings.batch, _channels(model), settings.size, settings.size, device=settings.device)
     if settings.channels_last:
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     _waken(model, images)
     labels = torch.randint(_outputs(model, images), (settings.batch,), device=settings.device)
     return Workload(name, model, (images,), lambda logits: F.cross_entropy(logits, labels))
