@@ -89,7 +89,7 @@ def test_rows_tell_which_example_a_feature_comes_of(task: str) -> None:
 
 def test_labels_and_parts_are_known_before_a_loader_is_made() -> None:
     module = data()
-    assert (module.label_names, module.num_labels, module.label_counts) == (["bad", "good"], 2, [18, 18])
+    assert (module.label_names, module.num_labels, module.class_counts) == (["bad", "good"], 2, [18, 18])
     assert module.test_names == ["target"]
     assert set(module.examples) == {"val", "test", "test/target"}
     assert data(ASKED, "QUESTION_ANS").label_names is None

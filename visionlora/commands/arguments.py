@@ -8,6 +8,7 @@ from typing import NoReturn
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 
+TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
 LAYOUTS = ("auto", "class", "split/class", "domain/class", "domain/split/class")
 
 
@@ -111,13 +112,21 @@ def combine(parser: Parser) -> None:
 
 def doctor(parser: Parser) -> None:
     """Declare the flags of doctor."""
-    parser.add_argument("data", help="folder of class folders, or a CSV with the columns path,label[,domain][,split]")
+    parser.add_argument(
+        "data", help="folder of class folders, a CSV with path,label[,domain][,split]; with --task a text data set"
+    )
     parser.add_argument(
         "--layout", default="auto", choices=LAYOUTS, help="the tree of the folder (default: %(default)s)"
     )
     parser.add_argument("--classes", help="comma-separated class names that must be met (default: those found)")
     parser.add_argument("--most", type=int, default=10, help="lines for each kind of finding (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="images decoded at once (default: one per core)")
+    parser.add_argument("--task", choices=TASKS, help="examine text for this task instead of images")
+    parser.add_argument("--columns", help="columns of a text data set: text=sentence,label=sentiment")
+    parser.add_argument("--header", help="comma-separated names of the columns of tables without a header line")
+    parser.add_argument("--template", help='prompt of a text data set: "Summarize: {dialogue}"')
+    parser.add_argument("--tokenizer", help="model or tokenizer whose tokens are counted (default: words are counted)")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens of an input (default: %(default)s)")
 
 
 def scenes(parser: Parser) -> None:

@@ -218,7 +218,7 @@ class TextData(pl.LightningDataModule):
         return len(self.label_names) if self.label_names is not None else int(self.problem_type == "regression")
 
     @property
-    def label_counts(self) -> list[int]:
+    def class_counts(self) -> list[int]:
         """Training examples of each label, or training words of each tag."""
         counts = Counter(label for example in self.parts.train for label in labels_of(example))
         return [counts[name] for name in self.label_names or ()]
