@@ -67,7 +67,7 @@ def build(workload: Workload, settings: Settings) -> tuple[list[Contestant], Res
         try:
             contestant = makers[name]()
             if settings.channels_last:  # the factors of adapters too, whoever made them
-                contestant.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                contestant.model.to(memory_format=torch.channels_last)
             contestants.append(_checked(contestant, truth, result))
         except Skipped as e:
             result.skipped[name] = str(e)

@@ -34,7 +34,6 @@ def new_record(settings: Settings) -> dict[str, Any]:
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
     """Write a record, whole or not at all."""
-    record["load"]["after"] = load()
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 

@@ -82,6 +82,8 @@ def _repeated(settings: Settings, do: Callable[[], object], undo: Callable[[], o
         watch = host_watch(settings)
         watch.mark()
         do()
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
         watch.mark()
         times += watch.laps()
         undo()

@@ -73,7 +73,7 @@ def _waken(model: nn.Module, images: Tensor) -> None:
     no check of it could fail. BatchNorm's fresh statistics let activations die out, and tiny numbers are slow.
     """
     for parameter in model.parameters():
-        if parameter.ndim == 1 and 0 <= parameter.abs().max() < 1e-2 and not _is_bias(model, parameter):
+        if parameter.ndim == 1 and parameter.abs().max() < 1e-2 and not _is_bias(model, parameter):
             parameter.fill_(0.5)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]

@@ -12,6 +12,7 @@ import torch
 
 from visionlora.atomic import write_atomic
 from visionlora.bench.compare import compare, comparison
+from visionlora.bench.machine import load
 from visionlora.bench.measure import measure
 from visionlora.bench.record import new_record, read_record, write_record
 from visionlora.bench.settings import BASIC, Settings
@@ -77,6 +78,7 @@ def _measured(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
         print(f"measuring verbs on {options.verbs}", file=sys.stderr, flush=True)
         record["verbs"] = {"model": options.verbs, "times": verbs(options.verbs, settings)}
         record["imports"] = imports()
+    record["load"]["after"] = load()
     return record
 
 
