@@ -90,7 +90,9 @@ def test_random_changes_do_not_depend_on_the_number_of_workers(tmp_path: Path) -
     noisy = Preprocess(PREPROCESS.config, augment=build_augment("surveillance"), seed=3)
     data = ImageDataset(files(tmp_path), None, noisy)
     keys = [13, 6, 12, 17, 8, 9]
-    runs = [list(DataLoader(data, batch_size=2, sampler=keys, num_workers=n, collate_fn=collate_images)) for n in (0, 2)]
+    runs = [
+        list(DataLoader(data, batch_size=2, sampler=keys, num_workers=n, collate_fn=collate_images)) for n in (0, 2)
+    ]
     assert all(torch.equal(a.images, b.images) for a, b in zip(*runs, strict=True))
 
 

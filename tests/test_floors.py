@@ -14,9 +14,10 @@ import visionlora
 ROOT = Path(visionlora.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "config", "atomic"},
-    {"core.geometry", "core.delta", "core.kept", "core.orders", "core.ops", "core.fast"},
+    {"core.geometry", "core.delta", "core.kept", "core.orders", "core.maps", "core.ops", "core.fast"},
     {"core.attach"},
     {"core.norms", "variants"},
+    {"core.folding"},
     {"targets"},
     {"plan"},
     {"registry"},

@@ -74,7 +74,7 @@ def test_switching_and_summing_compile_once() -> None:
     with torch.no_grad():
         for name in NAMES * 2:
             vl.activate(model, name)
-            assert_close(fast(x), model(x))
+            assert_close(fast(x), model(x), rtol=2e-5, atol=1e-5)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

@@ -51,7 +51,9 @@ class Failing(Points):
 class FailingData(PointsData):
     def train_dataloader(self) -> DataLoader[Any]:
         sampler = ResumableSampler(len(self.dataset))  # type: ignore[arg-type]
-        return DataLoader(self.dataset, batch_size=4, sampler=sampler, num_workers=self.workers, timeout=3 if self.workers else 0)
+        return DataLoader(
+            self.dataset, batch_size=4, sampler=sampler, num_workers=self.workers, timeout=3 if self.workers else 0
+        )
 
 
 def fit(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch, workers: int = 2) -> None:

@@ -52,7 +52,9 @@ class Data(pl.LightningDataModule):
 
     def _loader(self, seed: int = 0, shuffle: bool = False) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(1)
-        return DataLoader(TensorDataset(*images(seed=seed)), batch_size=self.batch, shuffle=shuffle, generator=generator)
+        return DataLoader(
+            TensorDataset(*images(seed=seed)), batch_size=self.batch, shuffle=shuffle, generator=generator
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader(shuffle=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visionlora.config import LoraConfig
 from visionlora.core.attach import attach, detach, set_active
 from visionlora.core.delta import Value
+from visionlora.core.folding import fold_norms
 from visionlora.core.norms import STATISTICS
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
@@ -39,6 +40,7 @@ def apply_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str 
     plan = make_plan(model, config or LoraConfig())
     put_on(model, name, plan, build(model, plan), trainable=True)
     activate(model, name)
+    fold_norms(model)
     return model
 
 

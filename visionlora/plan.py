@@ -100,8 +100,11 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
 
 
 def build(model: nn.Module, plan: Plan) -> Changes:
-    """Return fresh changes for every planned tensor, and an empty entry for a BatchNorm that is only held still."""
-    changes: Changes = {name: {} for name in batch_norms(model)}
+    """Return fresh changes for every planned tensor, and an empty entry for a layer that is only held still.
+
+    A BatchNorm keeps its statistics, a frozen convolution need not keep its input.
+    """
+    changes: Changes = {name: {} for name in (*batch_norms(model), *_frozen_convs(model))}
     for site in plan.sites:
         weight = base_tensor(model.get_submodule(site.layer), site.attribute)
         assert weight is not None
@@ -141,6 +144,11 @@ def build_delta(site: Site, weight: Tensor, config: LoraConfig) -> Delta:
         geometry,
         {p: (a, variant(geo, weight[a : a + geo.out], site.rank, site.scale, config)) for p, (a, geo) in rows.items()},
     )
+
+
+def _frozen_convs(model: nn.Module) -> list[str]:
+    convs = [name for name, layer in own_modules(model).items() if isinstance(layer, nn.modules.conv._ConvNd)]
+    return [name for name in convs if mixin_of(model, name) is Branched]
 
 
 def _value(layer: nn.Module, attribute: str, role: Role) -> Value:

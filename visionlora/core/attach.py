@@ -5,9 +5,11 @@ from __future__ import annotations
 import copyreg
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from visionlora.core.delta import Change, Delta
+from visionlora.core.fast import adapted_output
 from visionlora.core.geometry import materialisable, own_output, widened
 from visionlora.errors import StateError
 
@@ -30,6 +32,8 @@ class Adapted(nn.Module):
     """What `active` means: attribute -> changes and strengths. torch.compile guards on what a forward pass reads:
     lists of changes look alike whoever owns them; with names, every switch would compile anew."""
     mixin: type[Adapted]
+    followed: tuple[Any, ...] = ()
+    """The norm that alone reads the output of this convolution (see core.folding), which may be folded into it."""
     changed: ClassVar[frozenset[str]] = frozenset()
 
     def base_tensor(self, attribute: str) -> Tensor | None:
@@ -81,17 +85,41 @@ class Materialised(Adapted):
 
 
 class Branched(Adapted):
-    """A layer that runs on its stored weight while each change adds a cheaper parallel branch, proven equal.
+    """A layer of a known kind, whose output with changes of its weight is reached in the cheapest way, proven equal.
 
     Whoever reads its weight instead of calling it (an attention, a fusing pass) sees the effective one.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        stored = self._parameters["weight"]
+        stored, changes = self._parameters["weight"], self.active_changes("weight")
         assert stored is not None
-        base: Tensor = own_output(self, x) if materialisable(stored) else super().forward(x, *args, **kwargs)
+        if args or kwargs:
+            return self._plain(x, stored, changes, *args, **kwargs)
+        norm = self._norm_to_fold()
+        y = adapted_output(self, x, changes, norm.constant() if norm is not None else None)
+        if y is None:
+            return self._plain(x, stored, changes)
+        if norm is not None:
+            y.normed_by = norm  # type: ignore[attr-defined]  # read by that norm, which then has nothing left to do
+        return y
+
+    def _norm_to_fold(self) -> Any:
+        # only in training: a forward pass without gradients gives the base's output bit for bit
+        if not (self.followed and self.training and torch.is_grad_enabled()) or self._forward_hooks:
+            return None
+        return self.followed[0] if self.followed[0].constant() is not None else None
+
+    def _plain(
+        self, x: Tensor, stored: Tensor, changes: list[tuple[Change, float]], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the output as torch computes it: what tracers see, and every layer the fast path does not know."""
+        if not all(isinstance(change, Delta) and change.branched for change, _ in changes):
+            effective = self.effective("weight")
+            assert effective is not None
+            return own_output(self, x, effective)
+        base: Tensor = own_output(self, x, stored) if materialisable(stored) else super().forward(x, *args, **kwargs)
         y = base
-        for delta, strength in self.active_changes("weight"):
+        for delta, strength in changes:
             assert isinstance(delta, Delta)
             branch = delta.branch(self, x, base)
             y = y + (branch if strength == 1 else strength * branch)
@@ -109,7 +137,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
 
 
-STATE = ("adapters", "active", "running", "mixin")
+STATE = ("adapters", "active", "running", "mixin", "followed")
 """Attributes that an adapted layer has and its own class has not."""
 
 _CLASSES: dict[tuple[type, type, frozenset[str]], type] = {}
@@ -142,6 +170,7 @@ def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[
         layer.__class__ = adapted_class(mixin, type(layer), frozenset())
         assert isinstance(layer, Adapted)
         layer.adapters, layer.active, layer.running, layer.mixin = nn.ModuleDict(), {}, {}, mixin
+        layer.followed = ()
     layer.adapters[name] = nn.ModuleDict(changes)
     layer.adapters.train(layer.training)
     _refresh_class(layer)
@@ -175,12 +204,8 @@ def strip(layer: Adapted) -> None:
 
 
 def _refresh_class(layer: Adapted) -> None:
-    mixin = layer.mixin
-    changes = [item for adapter in layer.adapters.values() for item in adapter.items()]  # type: ignore[operator]
-    weights = [change for attribute, change in changes if attribute == "weight"]
-    if mixin is Branched and not all(isinstance(change, Delta) and change.branched for change in weights):
-        mixin = Materialised
-    layer.__class__ = adapted_class(mixin, own_class(layer), frozenset(attribute for attribute, _ in changes))
+    changed = frozenset(attribute for adapter in layer.adapters.values() for attribute in adapter)  # type: ignore[attr-defined]
+    layer.__class__ = adapted_class(layer.mixin, own_class(layer), changed)
 
 
 def _reader(attribute: str) -> property:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.core.geometry import Geometry
@@ -42,6 +43,18 @@ class Delta(Change):
     def change(self, weight: Tensor) -> Tensor:
         """Return what is added to the base weight, same shape and dtype; the weight is float32 or wider."""
 
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.change(weight)
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return A (groups * r, in, *kernel), B (out, r, *1s) and s where the change is s B A, else None."""
+        return None
+
+    @property
+    def random(self) -> bool:
+        """Its change differs from call to call: dropout."""
+        return False
+
     def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added to y, the layer's own output for x."""
         raise NotImplementedError
@@ -64,6 +77,21 @@ class Parts(Delta):
 
     def _rows(self) -> list[tuple[int, Delta]]:
         return [(self.starts[name], delta) for name, delta in self.deltas.items()]  # type: ignore[misc]
+
+    @property
+    def random(self) -> bool:
+        return any(delta.random for _, delta in self._rows())
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        found = [(start, delta, delta.factors()) for start, delta in self._rows()]
+        pairs = [(start, delta, *factors) for start, delta, factors in found if factors is not None]
+        if len(pairs) != len(found) or self.geometry.groups > 1:
+            return None
+        ups = [
+            F.pad(B.flatten(1) * scale, (0, 0, start, self.geometry.out - start - delta.geometry.out))
+            for start, delta, _, B, scale in pairs
+        ]
+        return torch.cat([A for _, _, A, *_ in pairs]), torch.cat(ups, dim=1), 1.0
 
     def change(self, weight: Tensor) -> Tensor:
         out = torch.zeros_like(weight)

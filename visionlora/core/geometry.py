@@ -117,18 +117,17 @@ def bare_geometry(parameter: Tensor) -> Geometry | None:
     return Geometry("bare", rows, parameter.shape[-1], known=False, own_shape=tuple(parameter.shape))
 
 
-def own_output(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what a layer of a known class gives on its stored weight, whatever its `weight` attribute shows."""
-    weight = layer._parameters["weight"]
+def own_output(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """Return what a layer of a known class gives with a weight, whatever its `weight` attribute shows."""
     if isinstance(layer, nn.Embedding):
         options = (layer.padding_idx, None, layer.norm_type, layer.scale_grad_by_freq, layer.sparse)
-        return F.embedding(x, weight, *options)  # type: ignore[arg-type]
+        return F.embedding(x, weight, *options)
     bias: Tensor | None = layer.bias  # type: ignore[assignment]
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        y: Tensor = layer._conv_forward(x, weight, bias)  # type: ignore[arg-type]
+        y: Tensor = layer._conv_forward(x, weight, bias)
         return y
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)  # type: ignore[arg-type]
+        return F.linear(x, weight, bias)
     flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)  # type: ignore[arg-type]  # transformers' Conv1D
     return flat.view(*x.shape[:-1], flat.shape[1])
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from visionlora.config import Norm
 from visionlora.core.attach import Adapted, own_class
 from visionlora.core.delta import Value
+from visionlora.core.fast import Affine
 from visionlora.errors import StateError
 
 STATISTICS = ("running_mean", "running_var")
@@ -32,12 +33,24 @@ class FrozenNorm(Adapted):
         self.__dict__["training"] = mode  # the flag train() set is there again once the adapters are off
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var, weight, bias = (getattr(self, name) for name in (*STATISTICS, *AFFINE))
-        constant = torch.is_grad_enabled() and x.requires_grad and _is_plain(self)
-        if not constant or mean is None or weight is None or weight.requires_grad:
-            return super().forward(x)  # type: ignore[no-any-return]
-        y = _constant_affine(x, mean, var, weight, bias, self.eps)  # type: ignore[arg-type]
+        if not torch.compiler.is_compiling() and getattr(x, "normed_by", None) is self:
+            y = x  # the convolution that made x has normalised it already
+        else:
+            wanted = self.__dict__["training"] and torch.is_grad_enabled() and x.requires_grad
+            constant = self.constant() if wanted else None
+            if constant is None:
+                return super().forward(x)  # type: ignore[no-any-return]
+            y = _affine(x, *constant)
         return self.act(self.drop(y)) if _is_timm_act(self) else y  # type: ignore[operator]
+
+    def constant(self) -> Affine | None:
+        """Return the scale and shift of every channel, or None where they are trained or torch's own path is needed."""
+        mean, var, weight, bias = (getattr(self, name) for name in (*STATISTICS, *AFFINE))
+        trained = any(t is not None and t.requires_grad for t in (weight, bias))
+        if trained or mean is None or weight is None or bias is None or not _is_plain(self):
+            return None
+        scale = weight * torch.rsqrt(var + self.eps)
+        return Affine(scale, bias - mean * scale)
 
 
 def is_norm(layer: nn.Module) -> bool:
@@ -122,12 +135,10 @@ def _values(tensors: Mapping[str, Tensor | None], names: tuple[str, ...], *, tra
     return {name: Value(t, trainable=trainable) for name in names if (t := tensors.get(name)) is not None}
 
 
-def _constant_affine(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     # autograd keeps the scale alone; F.batch_norm would keep x as well, though nothing needs it
-    scale = weight * torch.rsqrt(var + eps)
     shape = (1, -1, *[1] * (x.ndim - 2))
-    shift = (bias - mean * scale).view(shape)
-    return torch.addcmul(shift, x.to(scale.dtype), scale.view(shape)).to(x.dtype)
+    return torch.addcmul(shift.view(shape), x.to(scale.dtype), scale.view(shape)).to(x.dtype)
 
 
 def _is_plain(layer: nn.Module) -> bool:

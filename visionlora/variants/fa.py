@@ -16,5 +16,8 @@ class FA(LowRank):
     def change(self, weight: Tensor) -> Tensor:
         return self.product().to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.thinned(self.A), self.B, self.scale
+
     def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.parallel(layer, x)

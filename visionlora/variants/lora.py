@@ -40,6 +40,10 @@ class LoRA(LowRank):
             change = change - self.scale * per_group(self.geometry, self.start_B, self.start_A)
         return change.to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        # as one product of twice the rank, a change that starts from the weight would not start at exactly nothing
+        return (self.thinned(self.A), self.B, self.scale) if self.start_A is None else None
+
     def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         branch = self.parallel(layer, x)
         if self.start_A is None or self.start_B is None:

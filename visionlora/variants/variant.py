@@ -48,9 +48,13 @@ class Variant(Delta):
             low, high = (middle, high) if cls.size(geometry, middle, config) <= weight else (low, middle - 1)
         return 0 if cls.unfit(geometry) else low
 
+    @property
+    def random(self) -> bool:
+        return self.training and self.dropout > 0
+
     def thinned(self, factor: Tensor) -> Tensor:
         """Return the factor with rank-one parts (its first dimension) dropped in training, the rest scaled up."""
-        if not (self.training and self.dropout):
+        if not self.random:
             return factor
         keep = torch.rand(factor.shape[0], *[1] * (factor.ndim - 1), device=factor.device) >= self.dropout
         return factor * (keep.to(factor.dtype) / (1 - self.dropout))

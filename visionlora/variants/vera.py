@@ -53,6 +53,10 @@ class VeRA(Variant):
     def change(self, weight: Tensor) -> Tensor:
         return per_group(self.geometry, *self._factors()).to(weight.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        B, A = self._factors()
+        return A, B, 1.0
+
     def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         B, A = (factor.to(seen_dtype(layer, x)) for factor in self._factors())
         return self.geometry.pointwise(self.geometry.same(layer, x, A), B)

@@ -1,0 +1,143 @@
+"""Run a layer of a known kind through the autograd functions, where they apply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from visionlora.core.delta import Change, Delta
+from visionlora.core.geometry import Geometry, materialisable, widened
+from visionlora.core.maps import Op, compute_dtype
+from visionlora.core.ops import ComputedOp, FrozenOp, LowRankOp, low_rank
+from visionlora.core.orders import choose
+
+Active = Sequence[tuple[Change, float]]
+
+
+def adapted_output(layer: nn.Module, x: Tensor, changes: Active, norm: Affine | None = None) -> Tensor | None:
+    """Return the output of a layer of a known kind with changes of its weight, or None where only torch can tell.
+
+    A norm that follows, given as its constant scale and shift for every channel, is folded in.
+    """
+    weight, recorded = layer._parameters["weight"], torch.is_grad_enabled()
+    if not eager(x) or weight is None or weight.requires_grad or not _fits(x, weight):
+        return None
+    if not changes and not (recorded and x.requires_grad):
+        return None
+    op, x = _op_and_input(layer, x)
+    deltas = [(change, strength) for change, strength in changes if isinstance(change, Delta)]
+    if op is None or (op.dims and x.ndim != op.dims + 2) or len(deltas) != len(changes):
+        return None
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    gain = None
+    if norm is not None:
+        gain, bias = norm.scale, norm.shift if bias is None else torch.addcmul(norm.shift, bias, norm.scale)
+    if not deltas:
+        return FrozenOp.apply(x, weight, bias, gain, op)  # type: ignore[no-any-return]
+    canonical, factors = deltas[0][0].geometry.canonical(weight), _factors(deltas)
+    if factors is None:
+        return _computed(x, canonical, bias, deltas, gain, op)
+    return _low_rank(x, canonical, bias, deltas[0][0].geometry, factors, gain, op)
+
+
+class Affine(NamedTuple):
+    """A constant scale and shift for every channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def eager(x: Tensor) -> bool:
+    """Tell whether the autograd functions may run: a tracer or a transform would have to see through them."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.is_floating_point()
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    factors: tuple[Tensor, Tensor, float],
+    gain: Tensor | None,
+    op: Op,
+) -> Tensor:
+    A, B, scale = factors
+    positions = x.shape[0] * x[0, 0].numel() if op.dims else x.shape[:-1].numel()
+    for stride in op.stride:
+        positions //= stride
+    dtype = compute_dtype(x)
+    trained = torch.is_grad_enabled() and A.requires_grad
+    order = choose(geometry, B.shape[1], positions, x.device.type, dtype, frozen_A=not trained)
+    B = B.flatten(1)
+    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
+        return LowRankOp.apply(x, weight, bias, A, B, gain, scale, op, order)  # type: ignore[no-any-return]
+    return low_rank(x.to(dtype), weight, bias, A, B, gain, scale, op, order)[0]
+
+
+def _computed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: list[tuple[Delta, float]],
+    gain: Tensor | None,
+    op: Op,
+) -> Tensor | None:
+    if not torch.is_grad_enabled() or any(delta.random for delta, _ in deltas):
+        return None
+    names = [list(dict(delta.named_parameters())) for delta, _ in deltas]
+    tensors = [p for delta, _ in deltas for p in delta.parameters()]
+
+    def compute(*tensors: Tensor) -> Tensor:
+        base = widened(weight)
+        total, rest = base, list(tensors)
+        for (delta, strength), keys in zip(deltas, names, strict=True):
+            own, rest = dict(zip(keys, rest, strict=False)), rest[len(keys) :]
+            change = torch.func.functional_call(delta, own, (base,))
+            total = total + (change if strength == 1 else strength * change)
+        return total
+
+    return ComputedOp.apply(x, bias, gain, op, compute, *tensors)  # type: ignore[no-any-return]
+
+
+def _factors(deltas: list[tuple[Delta, float]]) -> tuple[Tensor, Tensor, float] | None:
+    """Return A, B and the scale of B @ A, several adapters' factors side by side; None where some have none."""
+    found = [(delta.factors(), strength) for delta, strength in deltas]
+    pairs = [(*factors, strength) for factors, strength in found if factors is not None]
+    if len(pairs) != len(found):
+        return None
+    if len(pairs) == 1:
+        A, B, scale, strength = pairs[0]
+        return A, B, scale * strength
+    if deltas[0][0].geometry.groups > 1:
+        return None
+    scaled = [B * (scale * strength) for _, B, scale, strength in pairs]
+    return torch.cat([A for A, *_ in pairs]), torch.cat(scaled, dim=1), 1.0
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return materialisable(weight) and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def _op_and_input(layer: nn.Module, x: Tensor) -> tuple[Op | None, Tensor]:
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return None if isinstance(layer, nn.Embedding) else Op(), x
+    dims, padding = len(layer.kernel_size), layer.padding
+    if layer.padding_mode != "zeros":
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode), (0,) * dims
+    elif isinstance(padding, str):
+        sides = layer._reversed_padding_repeated_twice
+        x, padding = F.pad(x, sides), (0,) * dims
+    return Op(dims, tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups), x

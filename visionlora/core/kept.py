@@ -1,0 +1,82 @@
+"""What to keep of an input for the backward pass: itself, or the tensors autograd holds already that give it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Again = Callable[..., Tensor]
+
+
+class Kept(NamedTuple):
+    """An input, and how to get it back."""
+
+    tensors: tuple[Tensor | None, ...]
+    again: Again
+
+    def get(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Return the input from the tensors as they were saved."""
+        with torch.no_grad():
+            return self.again(*tensors).to(dtype)
+
+
+def keep(x: Tensor, dtype: torch.dtype) -> Kept:
+    """Return what to save of x, which is used in the given type.
+
+    LayerNorm and the activations keep their own input for the backward pass. An adapted layer behind one of them needs
+    its output: computed once more from that input, it costs a pass over memory instead of a second copy. The node that
+    made x is asked for what it saved, which PyTorch documents (notes/autograd, "Saved tensors").
+    """
+    node = x.grad_fn
+    source = _SOURCES.get(node.name()) if node is not None else None
+    if source is not None and not _moved_elsewhere():
+        try:
+            return source(node)
+        except RuntimeError:  # what the node saved was changed in place since: its own backward pass will say so
+            pass
+    return Kept((x.to(dtype),), _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _layer_norm(node: Any) -> Kept:
+    weight, bias = node._saved_weight, node._saved_bias
+    return Kept((node._saved_input, node._saved_result1, node._saved_result2, weight, bias), _normalised)
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = (x - mean).mul_(rstd)
+    if weight is None:
+        return y
+    return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight)
+
+
+def _gelu(node: Any) -> Kept:
+    approximate = node._saved_approximate
+    return Kept((node._saved_self,), lambda x: F.gelu(x, approximate=approximate))
+
+
+def _pointwise(function: Again) -> Callable[[Any], Kept]:
+    return lambda node: Kept((node._saved_self,), function)
+
+
+_SOURCES: dict[str, Callable[[Any], Kept]] = {
+    "NativeLayerNormBackward0": _layer_norm,
+    "GeluBackward0": _gelu,
+    "SiluBackward0": _pointwise(F.silu),
+    "HardswishBackward0": _pointwise(F.hardswish),
+    "MishBackward0": _pointwise(F.mish),
+}
+
+
+def _moved_elsewhere() -> bool:
+    # activation checkpointing and save_on_cpu take saved tensors away until the backward pass: asking for one now
+    # would compute or copy it; hooks of anybody else see and return the tensors themselves
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__.startswith("torch.")

@@ -1,0 +1,191 @@
+"""Autograd functions of the fast path: the layer's own numbers, with less kept for the backward pass and less moved.
+
+Orders of computation, for a base weight W, thin factors A and B and s = alpha / r, all giving the same output:
+
+factorised  y = x W' + (x A') B' s           the branch is added in place; z = x A' is kept beside x
+merged      y = x (W + s B A)'               thin gradients; the merged weight is formed again, never kept
+projected   y = x (W + s B A)'               dense weight gradient, projected: dB = s dW A', dA = s B' dW
+
+The merged order is "forward2, backward5" of RunLoRA (Cherniuk et al. 2023, arXiv:2312.03415); none of them keeps or
+returns a gradient of W. Double backward is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from visionlora.core.kept import keep
+from visionlora.core.maps import Like, Op, add_up, cast, column, compute_dtype, down, gained, outer, sum_channels
+from visionlora.core.orders import Order
+
+_Grads = tuple[Tensor | None, ...]
+
+
+class LowRankOp(torch.autograd.Function):
+    """The map by W + s B A, times a constant gain for every output channel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        gain: Tensor | None,
+        scale: float,
+        op: Op,
+        order: Order,
+    ) -> Tensor:
+        """A is (groups * r, in, *kernel), B is (out, r); weight and gain are constants."""
+        dtype = compute_dtype(x)
+        ctx.op, ctx.order, ctx.scale, ctx.dtype, ctx.like = op, order, scale, dtype, Like.of(x)
+        y, z = low_rank(x.to(dtype), weight, bias, A, B, gain, scale, op, order)
+        thin = not A.requires_grad and order != "projected"
+        if thin and z is None:
+            z = op(x.to(dtype), A.to(dtype))
+        ctx.again = None if thin else keep(x, dtype)
+        ctx.save_for_backward(weight, A, B, gain, z, *(ctx.again.tensors if ctx.again else ()))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
+        weight, A, B, gain, z, *saved = ctx.saved_tensors
+        op, dtype, like, scale = ctx.op, ctx.dtype, ctx.like, ctx.scale
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
+        x = ctx.again.get(saved, dtype) if ctx.again else None
+        dbias = sum_channels(grad, op) if needs_bias else None
+        dA: Tensor | None
+        dB: Tensor | None
+        if ctx.order == "projected":
+            full = _merged(weight, A, B, gain, scale, op).to(dtype)
+            dx, dW = op.backward(g, x, full, (needs_x, needs_A or needs_B))
+            dA, dB = _project(gained(dW.to(A.dtype), gain), A, B, scale, op)
+        else:
+            thin_B = gained(B, gain).to(dtype)
+            z = op(x, A.to(dtype)) if z is None else z
+            dz = down(g, thin_B, scale, op) if needs_A or (needs_x and ctx.order == "factorised") else None
+            dB = gained(outer(g, z, op).to(B.dtype).mul_(scale), gain) if needs_B else None
+            dA = op.backward(dz, x, A.to(dtype), (False, True))[1].to(A.dtype) if needs_A else None
+            dx = _thin_grad_input(ctx, g, dz, weight, A, B, gain) if needs_x else None
+        return None if dx is None else dx.to(like.dtype), None, dbias, dA, dB, None, None, None, None
+
+
+def low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gain: Tensor | None,
+    scale: float,
+    op: Op,
+    order: Order,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the map of x by (W + s B A) gain, and x A' where it was needed."""
+    if order != "factorised":
+        return op(x, _merged(weight, A, B, gain, scale, op).to(x.dtype), cast(bias, x.dtype)), None
+    y = op(x, gained(weight, gain).to(x.dtype), cast(bias, x.dtype))
+    z = op(x, A.to(x.dtype))
+    add_up(y, z, gained(B, gain).to(x.dtype), scale, op)
+    return y, z
+
+
+class ComputedOp(torch.autograd.Function):
+    """The map by a weight that a function computes from a few trained numbers: the weight is formed again, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        op: Op,
+        compute: Callable[..., Tensor],
+        *tensors: Tensor,
+    ) -> Tensor:
+        dtype = compute_dtype(x)
+        ctx.op, ctx.compute, ctx.dtype, ctx.like = op, compute, dtype, Like.of(x)
+        ctx.again = keep(x, dtype)
+        ctx.count = len(ctx.again.tensors)
+        ctx.save_for_backward(gain, *ctx.again.tensors, *tensors)
+        return op(x.to(dtype), gained(compute(*tensors), gain).to(dtype), cast(bias, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
+        gain, *rest = ctx.saved_tensors
+        saved, tensors = rest[: ctx.count], rest[ctx.count :]
+        op, dtype, like = ctx.op, ctx.dtype, ctx.like
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+            weight = ctx.compute(*leaves)
+        g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
+        needs = (ctx.needs_input_grad[0], bool(wanted))
+        dx, dW = op.backward(g, ctx.again.get(saved, dtype), gained(weight.detach(), gain).to(dtype), needs)
+        grads: list[Tensor | None] = [None] * len(tensors)
+        if wanted:
+            pulled = gained(dW.to(weight.dtype), gain)
+            found = torch.autograd.grad(weight, [leaves[i] for i in wanted], pulled, allow_unused=True)
+            for i, found_grad in zip(wanted, found, strict=True):
+                grads[i] = found_grad
+        dbias = sum_channels(grad, op) if ctx.needs_input_grad[1] else None
+        return None if dx is None else dx.to(like.dtype), dbias, None, None, None, *grads
+
+
+class FrozenOp(torch.autograd.Function):
+    """The map by a constant weight, which keeps nothing but that weight: PyTorch's convolution keeps x as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, op: Op) -> Tensor:
+        dtype = compute_dtype(x)
+        ctx.op, ctx.dtype, ctx.like = op, dtype, Like.of(x)
+        ctx.save_for_backward(weight, gain)
+        return op(x.to(dtype), gained(weight, gain).to(dtype), cast(bias, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
+        weight, gain = ctx.saved_tensors
+        g = ctx.like.formatted(grad.to(ctx.dtype)) if ctx.op.dims else grad.to(ctx.dtype)
+        dx = ctx.op.grad_input(g, ctx.like, gained(weight, gain).to(ctx.dtype))
+        dbias = sum_channels(grad, ctx.op) if ctx.needs_input_grad[2] else None
+        return dx.to(ctx.like.dtype), None, dbias, None, None
+
+
+def _thin_grad_input(
+    ctx: Any, g: Tensor, dz: Tensor | None, weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None
+) -> Tensor:
+    op: Op = ctx.op
+    dtype, like = ctx.dtype, ctx.like
+    if ctx.order == "merged":
+        return op.grad_input(g, like, _merged(weight, A, B, gain, ctx.scale, op).to(dtype))
+    dx = op.grad_input(g, like, gained(weight, gain).to(dtype))
+    assert dz is not None
+    if not op.dims:
+        return dx.flatten(0, -2).addmm_(dz.flatten(0, -2), A.to(dtype)).view_as(dx)
+    return dx.add_(op.grad_input(dz, like, A.to(dtype)))
+
+
+def _merged(weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, scale: float, op: Op) -> Tensor:
+    wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+    groups = op.groups if op.dims else 1
+    up = B.view(groups, -1, B.shape[1]).to(wide.dtype)
+    thin = A.view(groups, B.shape[1], -1).to(wide.dtype)
+    total = torch.baddbmm(wide.reshape(groups, up.shape[1], -1), up, thin, alpha=scale).view(weight.shape)
+    return total if gain is None else total.mul_(column(gain, total))
+
+
+def _project(dW: Tensor, A: Tensor, B: Tensor, scale: float, op: Op) -> tuple[Tensor, Tensor]:
+    groups = op.groups if op.dims else 1
+    dense, up = dW.reshape(groups, B.shape[0] // groups, -1), B.view(groups, -1, B.shape[1])
+    thin = A.view(groups, B.shape[1], -1)
+    return torch.bmm(up.mT, dense).mul_(scale).view_as(A), torch.bmm(dense, thin.mT).mul_(scale).view_as(B)
