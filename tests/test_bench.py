@@ -68,7 +68,7 @@ def test_a_fresh_model_gets_branches_with_an_effect() -> None:
 
 
 def test_the_floor_trains_the_head_alone(vit: Workload) -> None:
-    layers = ours(vit, SETTINGS).layers
+    layers = ours(vit, SETTINGS).ranks
     assert grads(floor(vit, layers), vit) == {"head.weight", "head.bias"} == grads(linear(vit), vit)
 
 
@@ -111,7 +111,7 @@ def test_a_floor_without_a_called_layer_is_refused() -> None:
 
 def test_the_floor_computes_forward_and_input_gradients_alone() -> None:
     workload = image_workload("test_resnet", SETTINGS)
-    layers = ours(workload, SETTINGS).layers
+    layers = ours(workload, SETTINGS).ranks
     found = {c.name: count(c, workload, SETTINGS).flops for c in (floor(workload, layers), full(workload))}
     shapes: dict[str, int] = {}
     for name, module in workload.model.named_modules():
@@ -162,16 +162,16 @@ def test_the_orders_are_those_of_the_core() -> None:
     assert core.ORDERS == ORDERS
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_peft_has_the_same_layers_and_numbers(name: str) -> None:
+@pytest.mark.parametrize(("name", "rank"), [("test_vit", 2), ("test_resnet", 2), ("ghostnet_050", 8)])
+def test_peft_has_the_same_layers_and_numbers(name: str, rank: int) -> None:
     pytest.importorskip("peft")
-    workload = image_workload(name, SETTINGS)
-    mine = ours(workload, SETTINGS)
-    theirs = peft_contestant.peft(workload, SETTINGS, mine.layers)
-    assert theirs.layers == mine.layers
+    settings = replace(SETTINGS, rank=rank)
+    workload = image_workload(name, settings)
+    mine = ours(workload, settings)
+    theirs = peft_contestant.peft(workload, settings, mine.ranks)
     assert {k: p.shape for k, p in theirs.factors.items()} == {k: p.shape for k, p in mine.factors.items()}
     assert sum(p.numel() for p in theirs.trained()) == sum(p.numel() for p in mine.trained())
-    assert Truth(workload, SETTINGS, mine.factors).check(theirs) < 2e-2
+    assert Truth(workload, settings, mine.factors).check(theirs) < 2e-2
 
 
 def test_peft_is_optional(vit: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_what_peft_cannot_adapt_is_skipped_with_its_reason() -> None:
     pytest.importorskip("peft")
     workload = image_workload("test_resnet", SETTINGS)
     with pytest.raises(Skipped, match="BatchNorm2d"):
-        peft_contestant.peft(workload, SETTINGS, frozenset({"bn1"}))
+        peft_contestant.peft(workload, SETTINGS, {"bn1": 2})
 
 
 def test_channels_last_reaches_every_weight() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -32,12 +32,17 @@ class Contestant:
 
     name: str
     model: nn.Module
-    layers: frozenset[str] = frozenset()
-    """Names of the layers that carry an adapter."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Adapted layer -> rank, which is lower than asked for where the weight is small."""
     factors: dict[str, nn.Parameter] = field(default_factory=dict)
     """What an adapter trains, by the base's names: "blocks.0.attn.qkv/A", ".../B", "head/weight"."""
     around: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered for every forward pass."""
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """Names of the layers that carry an adapter."""
+        return frozenset(self.ranks)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -65,7 +70,7 @@ def ours(workload: Workload, settings: Settings, name: str = "ours") -> Contesta
     for layer, attributes in plan.values.items():
         own = layers[layer].adapters[NAME]
         factors |= {f"{layer}/{a}": p for a in attributes for p in own[a].parameters()}  # type: ignore[index]
-    return Contestant(name, model, frozenset(site.name for site in plan.sites), factors, _order(name))
+    return Contestant(name, model, {site.name: site.rank for site in plan.sites}, factors, _order(name))
 
 
 def full(workload: Workload) -> Contestant:
@@ -81,7 +86,7 @@ def linear(workload: Workload) -> Contestant:
     return Contestant("linear", model)
 
 
-def floor(workload: Workload, layers: frozenset[str]) -> Contestant:
+def floor(workload: Workload, layers: Iterable[str]) -> Contestant:
     """Return the base doing what no adapter on these layers can avoid.
 
     The forward pass, the gradients of activations down to the first adapted layer, a trained head, no gradient of any
@@ -89,7 +94,7 @@ def floor(workload: Workload, layers: frozenset[str]) -> Contestant:
     """
     probe = linear(workload)
     start_gradients(probe.model, layers, workload.inputs)
-    return Contestant("floor", probe.model, layers)
+    return Contestant("floor", probe.model)
 
 
 def _order(name: str) -> Callable[[], AbstractContextManager[object]]:

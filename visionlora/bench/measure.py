@@ -52,14 +52,14 @@ def measure(name: str, settings: Settings, *, factory: Factory = image_workload,
 def build(workload: Workload, settings: Settings) -> tuple[list[Contestant], Result]:
     """Return the contestants the settings name, each checked, and a result without figures yet."""
     first = ours(workload, settings)
-    result = Result(workload.name, len(first.layers))
+    result = Result(workload.name, len(first.ranks))
     truth = Truth(workload, settings, first.factors)
     makers: dict[str, Callable[[], Contestant]] = {
-        "floor": lambda: floor(workload, first.layers),
+        "floor": lambda: floor(workload, first.ranks),
         "full": lambda: full(workload),
         "linear": lambda: linear(workload),
         "ours": lambda: first,
-        "peft": lambda: peft(workload, settings, first.layers),
+        "peft": lambda: peft(workload, settings, first.ranks),
         **{order: _forced(order, workload, settings) for order in ORDERS},
     }
     contestants = []

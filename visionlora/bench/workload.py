@@ -44,14 +44,24 @@ def image_workload(name: str, settings: Settings) -> Workload:
 
 
 def _backbone(name: str, size: int) -> nn.Module:
-    config = data_config(name)
-    args = {"img_size": size} if config["input_size"][-1] != size else {}
+    model = _sized(name, size)
+    if head_layers(model):
+        return model
+    model = _sized(name, size, num_classes=1000)  # weights of this name are published without a classifier
+    if not head_layers(model):
+        raise ConfigError(f"{name} has no classifier to train; name a model with one")
+    return model
+
+
+def _sized(name: str, size: int, num_classes: int | None = None) -> nn.Module:
+    args = {"img_size": size} if data_config(name)["input_size"][-1] != size else {}
     try:
-        return create_backbone(name, pretrained=False, model_args=args)
+        return create_backbone(name, pretrained=False, num_classes=num_classes, model_args=args)
     except ConfigError:
         if not args:
             raise
-        return create_backbone(name, pretrained=False)  # a model that takes images of any size has no img_size
+        # a model that takes images of any size has no img_size
+        return create_backbone(name, pretrained=False, num_classes=num_classes)
 
 
 def _channels(model: nn.Module) -> int:
@@ -60,8 +70,6 @@ def _channels(model: nn.Module) -> int:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, images: Tensor) -> int:
-    if not head_layers(model):
-        raise ConfigError(f"{type(model).__name__} has no classifier to train; name a model with one")
     return int(model(images[:1]).shape[-1])
 
 
@@ -84,6 +92,9 @@ def _waken(model: nn.Module, images: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
+        assert norm.running_var is not None
+        # two images can agree in a channel, and dividing by next to nothing blows rounding up
+        norm.running_var.clamp_(min=0.1 * norm.running_var.mean().item())
 
 
 def _is_bias(model: nn.Module, parameter: nn.Parameter) -> bool:
