@@ -228,10 +228,10 @@ def _check_pair(field: str, rank: int, A: tuple[int, ...] | None, B: tuple[int, 
 def _check_classes(record: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     classes = record["classes"]
     heads = [layer for layer, attributes in record["plan"]["values"].items() if attributes.get("weight") == "head"]
-    for layer in heads[-1:] if classes is not None else ():  # the last one tells classes apart
-        rows = shapes[f"{layer}/weight/value"][:1]
-        if rows != (len(classes),):
-            raise AdapterFileError(f"classes: {len(classes)} names for {rows[0] if rows else 0} outputs of {layer}")
+    rows = {layer: (*shapes[f"{layer}/weight/value"][:1], 0)[0] for layer in heads}
+    if classes is not None and rows and len(classes) not in rows.values():  # a head may have layers before its last
+        found = ", ".join(f"{count} outputs of {layer}" for layer, count in rows.items())
+        raise AdapterFileError(f"classes: {len(classes)} names for {found}")
 
 
 def _list_keys(problem: str, keys: set[str]) -> None:

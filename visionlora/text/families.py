@@ -1,4 +1,4 @@
-"""Language models by name, with the head of a task: what their weights do not bring is known and belongs to the head."""
+"""Language models by name, with the head of a task: what the weights do not bring belongs to the head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visionlora.targets.heads import declare_new
 from visionlora.text.columns import check_task
 from visionlora.text.extras import need
 
-__all__ = ["AUTO", "create_backbone", "untie"]
+__all__ = ["AUTO", "checkpoint_activations", "create_backbone", "untie"]
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,13 @@ def untie(model: nn.Module) -> nn.Module:
         if isinstance(table, dict):
             table.pop(f"{name}.weight", None)  # what save_pretrained leaves out
     return model
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Change the model: it computes its activations again in the backward pass instead of keeping them."""
+    renamed = hasattr(model, "activation_checkpointing_enable")  # transformers 5.23 gave it this name
+    enable: Any = model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _labels(task_type: str, names: list[str] | None, problem_type: str | None) -> dict[str, Any]:
