@@ -68,11 +68,17 @@ class Collate:
         return dict(padded)
 
 
-def rows_of_stage(examples: Sequence[Example], task: TaskType) -> list[dict[str, Any]]:
-    """Return the examples as rows: their cells, with the target where a text is to be written."""
-    rows = []
+def rows_of_stage(
+    examples: Sequence[Example], task: TaskType, *, whole: bool = False, columns: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the examples as rows: what the task reads of them, with the target where a text is to be written.
+
+    With whole the columns that the task does not read come first: an id, a date.
+    """
+    rows, read = [], set((columns or {}).values())
     for example in examples:
-        row = dict(example.fields)
+        more = {name: cell for name, cell in example.cells.items() if name not in read} if whole else {}
+        row = {**more, **example.fields}
         if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and (answer := answer_of(example)) is not None:
             row["target"] = answer
         rows.append(row)

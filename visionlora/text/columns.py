@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from visionlora.config import did_you_mean
@@ -50,6 +50,8 @@ class Example:
     split: str | None = None
     group: str | None = None
     """What keeps related examples in one part; None where nothing does."""
+    cells: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The row as it was read."""
 
 
 def check_task(task: str) -> TaskType:
@@ -107,7 +109,7 @@ def example_of(row: Row, form: Form, columns: Mapping[str, str], *, answered: bo
     except DataError as e:
         raise DataError(f"{row.place}: {e}") from None
     named = SPLIT_NAMES[split.lower()] if split is not None else row.split
-    return Example(fields, row.place, domain or row.domain, named, group)
+    return Example(fields, row.place, domain or row.domain, named, group, row.cells)
 
 
 def _forms(task: TaskType, template: tuple[str, ...]) -> tuple[Form, ...]:

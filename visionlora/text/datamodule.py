@@ -206,7 +206,7 @@ class TextData(pl.LightningDataModule):
         if self.task_type not in ("SEQ_CLS", "TOKEN_CLS") or self.problem_type == "regression":
             return None
         if self.root is None and self._classes is not None:
-            return label_list([], classes=self._classes)
+            return list(self._classes)
         names = label_list(self.parts.train, classes=self._classes)
         for where, part in {"validation": self.parts.val, **self.parts.tests}.items():
             check_known(part, names, where=where)
@@ -237,7 +237,10 @@ class TextData(pl.LightningDataModule):
             parts |= tests if len(tests) != 1 else {**tests, "test": next(iter(tests.values()))}
         if self.predict_source is not None:
             parts["predict"] = self._to_predict
-        return {stage: rows_of_stage(part, self.task_type) for stage, part in parts.items()}
+        return {
+            stage: rows_of_stage(part, self.task_type, whole=stage == "predict", columns=self.columns)
+            for stage, part in parts.items()
+        }
 
     def prepare_data(self) -> None:
         """Tokenise in one process of a node where there are several, which then read what it kept."""
