@@ -59,8 +59,10 @@ def info(parser: Parser) -> None:
 def merge(parser: Parser) -> None:
     """Declare the flags of merge."""
     parser.add_argument("adapter", help="directory of a saved adapter")
-    parser.add_argument("out", help="the checkpoint to write, OUT.safetensors; timm loads it with checkpoint_path=OUT")
-    parser.add_argument("--checkpoint", help="weights of the base, where they are not at their public address")
+    parser.add_argument("out", help="OUT.safetensors, which timm loads with checkpoint_path=OUT; for text a folder")
+    parser.add_argument(
+        "--checkpoint", help="weights of the base (for text its folder), if not at their public address"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 

@@ -59,7 +59,7 @@ def facts(file: AdapterFile) -> list[str]:
         "adapter": f"{record['name']}  ({file.path})",
         "base": f"{_base_name(base)}  {_given(base['class'])}, weights {(base['fingerprint'] or 'unknown')[:12]}",
         "kind": f"{plan['config']['variant']}, {len(ranks)} layers, rank {_span(ranks)}, scale {_span(scales)}",
-        "parameters": f"{count:,}{_share(base, count)}",
+        "parameters": f"{count:,}{_share(base, count, record['data'])}",
         "in full": ", ".join(f"{role} {n:,}" for role, n in _in_full(file).items()) or "nothing",
         "norm": str(plan["config"]["norm"]),
         "file size": readable_size(file.path.stat().st_size),
@@ -93,9 +93,9 @@ def parameters(file: AdapterFile) -> int:
     return sum(tensor.numel() for key, tensor in file.tensors.items() if not key.endswith("/start"))
 
 
-def _share(base: dict[str, Any], count: int) -> str:
+def _share(base: dict[str, Any], count: int, data: dict[str, Any] | None) -> str:
     """Return the share of the base's parameters, as far as the base can be built from its name alone."""
-    if base["name"] is None:
+    if base["name"] is None or "task_type" in (data or {}):  # a language model would have to be fetched
         return ""
     args = dict(base["args"])
     try:
@@ -141,8 +141,17 @@ def _classes(names: list[str] | None, most: int = 12) -> str:
 def _input(data: dict[str, Any] | None) -> str:
     if data is None:
         return "not recorded"
+    if "input_size" not in data:
+        return _text_input(data)
     size = " x ".join(map(str, data["input_size"]))
     return f"{size}, {data['interpolation']}, mean {_numbers(data['mean'])}, std {_numbers(data['std'])}"
+
+
+def _text_input(data: dict[str, Any]) -> str:
+    tokenizer = data.get("tokenizer") or {}
+    told = [f"{data.get('task_type') or 'text'}", f"{data.get('max_length', '?')} tokens"]
+    told += [f"tokenizer {_given(tokenizer.get('name'))} {str(tokenizer.get('fingerprint', ''))[:12]}".rstrip()]
+    return ", ".join([*told, *([f"template {data['template']!r}"] if data.get("template") else [])])
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -1,10 +1,12 @@
-"""`visionlora fit | validate | test | predict`: LightningCLI around ImageClassifier and ImageFolderData."""
+"""`visionlora fit | validate | test | predict`: LightningCLI around an adapter, its data and a Trainer."""
 
 from __future__ import annotations
 
 import argparse
+from abc import ABC, abstractmethod
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -13,12 +15,9 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from visionlora import __version__
 from visionlora.commands import runs, words
 from visionlora.commands.console import quiet
-from visionlora.commands.outputs import SaveStageConfig, WritePredictions, loggers, results_table, save_results
+from visionlora.commands.outputs import SaveStageConfig, loggers, save_results
 from visionlora.commands.parser import ShortErrors
 from visionlora.commands.recorded import with_recorded_settings
-from visionlora.commands.scenes import Scenes, draw
-from visionlora.errors import ConfigError
-from visionlora.report.run import RunReport
 from visionlora.training.checkpoint import AdapterCheckpoint
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.failures import ExplainFailures, explained
@@ -26,19 +25,6 @@ from visionlora.training.guards import CheckGradients, StopOnNonFinite
 from visionlora.training.quiet import ParameterSummary, progress_bar
 from visionlora.training.resume import ExactResume
 from visionlora.training.signals import StopOnSignal
-from visionlora.vision.datamodule import ImageFolderData
-from visionlora.vision.loading import load_model
-from visionlora.vision.module import ImageClassifier
-
-STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "lora", "adapter_name")
-"""Settings that make the tensors of a checkpoint what they are; a resumed run cannot change them."""
-
-VERBS = {
-    "fit": "Train an adapter, keep the best, show what was gained and what was forgotten",
-    "validate": "Measure a checkpoint or an adapter on the validation images",
-    "test": "Measure a checkpoint or an adapter on the test images, domain by domain",
-    "predict": "Classify a file, a folder or a glob; write CSV and JSONL",
-}
 
 TRAINER = {f"trainer.{key}" for key in ("max_epochs", "accelerator", "devices", "precision", "accumulate_grad_batches")}
 """Settings of the Trainer that help shows."""
@@ -69,27 +55,35 @@ class TrainParser(ShortErrors, LightningArgumentParser):
 
 
 def main(args: list[str]) -> int:
-    """Run one of the four verbs and return its exit code."""
+    """Run one of the four verbs, on images or on text, and return its exit code."""
     verb, *rest = args
     configs, flags = words.split_configs(rest)
     with quiet():
         if not {"-h", "--help"} & set(flags):
             configs, flags = with_recorded_settings(verb, configs, flags)
-        VisionLoRACLI(configs, [verb, *(w for config in configs for w in ("--config", config)), *flags])
+        # a model with a task type is one of language; only the side that runs is imported
+        kind = "images" if words.model_setting("task_type", configs, flags) is None else "texts"
+        command = import_module(f"visionlora.commands.{kind}").COMMAND
+        command(configs, [verb, *(w for config in configs for w in ("--config", config)), *flags])
     return 0
 
 
-class VisionLoRACLI(LightningCLI):
-    """One adapter, its images and a Trainer, built from flags and configs."""
+class AdapterCLI(LightningCLI, ABC):
+    """One adapter, its data and a Trainer, built from flags and configs; a subclass says of what kind."""
 
-    def __init__(self, configs: list[str], args: list[str]) -> None:
+    VERBS: ClassVar[dict[str, str]]
+    STRUCTURE: ClassVar[tuple[str, ...]]
+    """Settings that make the tensors of a checkpoint what they are; a resumed run cannot change them."""
+
+    def __init__(self, configs: list[str], args: list[str], model: Any, data: Any) -> None:
         self.configs = configs
+        told = {verb: {"description": f"{text}."} for verb, text in self.VERBS.items()}
         super().__init__(
-            ImageClassifier,
-            ImageFolderData,
+            model,
+            data,
             args=args,
             parser_class=TrainParser,
-            parser_kwargs={"prog": "visionlora", **{verb: {"description": f"{text}."} for verb, text in VERBS.items()}},
+            parser_kwargs={"prog": "visionlora", **told},
             save_config_callback=SaveStageConfig,
             seed_everything_default=0,
             # LightningCLI's own --optimizer would be given the frozen weights too and ignore --lr_scheduler
@@ -119,26 +113,21 @@ class VisionLoRACLI(LightningCLI):
             parser.add_argument("--report", type=bool, default=True, help="compare before and after, draw pictures")
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False, "trainer.devices": 1})
-            parser.add_argument("--source", type=str | None, default=None, help="file, folder or glob of images")
+            parser.add_argument("--source", type=str | None, default=None, help="file, folder or glob to predict on")
             parser.add_argument("--out", type=str, default="predictions", help="OUT.csv and OUT.jsonl are written")
-            parser.add_argument("--top", type=int, default=5, help="likeliest classes listed for each image")
             parser.link_arguments("source", "data.predict_source")
+            self.add_prediction_arguments(parser)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("model.model_name", "data.model_name")
-        parser.link_arguments("model.model_args", "data.model_args")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.class_names", "model.class_names", apply_on="instantiate")
-        parser.link_arguments("data.record", "model.data", apply_on="instantiate")
+        self.link_model_and_data(parser)
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.fixed": list(STRUCTURE)})
+        parser.set_defaults({"checkpoint.fixed": list(self.STRUCTURE)})
         parser.add_argument(
             "--run", type=str | None, default=None, help="name of the run's folder (default: the config's)"
         )
         parser.add_argument("--output", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--adapter", type=str | None, default=None, help="adapter to measure or to predict with")
-        parser.add_argument("--scenes", type=Scenes | None, default=None, help="draw scenes into data.root beforehand")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -148,10 +137,6 @@ class VisionLoRACLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.scenes is not None:
-            if config.data.root is None:
-                raise ConfigError("scenes are drawn into data.root: set it to a folder")
-            draw(Path(config.data.root), Scenes(**config.scenes))
         folder = _folder(str(self.subcommand), config, self.configs)
         if folder is None:
             self.save_config_callback = None
@@ -166,10 +151,24 @@ class VisionLoRACLI(LightningCLI):
         config.callbacks = [*_list(config.callbacks), *self._callbacks(config.enable_progress_bar is not False)]
         return super().instantiate_trainer(**kwargs)
 
-    def after_instantiate_classes(self) -> None:
-        adapter = self._get(self.config, "adapter")
-        if adapter is not None:
-            self.model.net = load_model(adapter, checkpoint=self._get(self.config, "model").checkpoint)
+    @abstractmethod
+    def link_model_and_data(self, parser: LightningArgumentParser) -> None:
+        """Declare what the model takes from the data, and the data from the model."""
+
+    def add_prediction_arguments(self, parser: LightningArgumentParser) -> None:
+        """Declare further flags of predict."""
+
+    @abstractmethod
+    def report(self) -> Callback:
+        """Return what compares before and after when training ends."""
+
+    @abstractmethod
+    def prediction_writer(self) -> Callback:
+        """Return what writes predictions."""
+
+    @abstractmethod
+    def results_table(self) -> str:
+        """Return the scores of every set as a table."""
 
     def _callbacks(self, bar: bool) -> list[Callback]:
         checkpoint = self._get(self.config_init, "checkpoint")
@@ -182,16 +181,16 @@ class VisionLoRACLI(LightningCLI):
         ]
         callbacks += [ParameterSummary(), *([progress_bar()] if bar else [])]
         if self.subcommand == "fit" and self._get(self.config, "report"):
-            callbacks.append(RunReport())
+            callbacks.append(self.report())
         if self.subcommand == "predict":
-            callbacks.append(WritePredictions(self._get(self.config, "out"), top=self._get(self.config, "top")))
+            callbacks.append(self.prediction_writer())
         return callbacks
 
     def _run_subcommand(self, subcommand: str) -> None:
         with explained(self.trainer):
             super()._run_subcommand(subcommand)
         if subcommand in ("validate", "test") and self.trainer.is_global_zero:
-            print(results_table(self.model.results))
+            print(self.results_table())
             if self.save_config_callback is not None:
                 save_results(Path(self.trainer.default_root_dir, f"{subcommand}.json"), self.model.results)
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visionlora.atomic import atomic_path
+from visionlora.commands.merge_text import merge_text
+from visionlora.commands.recorded import text_record
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import read_adapter
 from visionlora.merging import base_state_dict, merge
@@ -23,8 +25,10 @@ TOLERANCE = 1e-4
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
-    """Write OUT and tell how timm loads it."""
+    """Write OUT and tell how timm, or for text transformers, loads it."""
     out = Path(options.out)
+    if text_record(Path(options.adapter)) is not None:
+        return merge_text(Path(options.adapter), out, base=options.checkpoint, force=options.force)
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: expected a name that ends in .safetensors")
     if out.exists() and not options.force:

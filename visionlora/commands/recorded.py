@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from visionlora.commands import runs, words
-from visionlora.errors import ConfigError
+from visionlora.errors import AdapterFileError, ConfigError
+from visionlora.text.loading import read_record as read_text_record
 from visionlora.training.checkpoint_io import read_checkpoint
 from visionlora.vision.loading import read_record
 
 log = logging.getLogger(__name__)
 
-LINKED = ("num_classes", "class_names", "data")
+LINKED = ("num_classes", "class_names", "label_names", "data")
 """Settings of the model that come from the data."""
+OF_TEXT = ("max_length", "max_target_length", "stride", "overlong", "template", "chat", "columns", "packing")
+"""What is recorded of texts and is a setting of the data by the same name."""
+WRITING = ("max_new_tokens", "num_beams", "max_answer_tokens", "null_threshold")
+"""How a run of text had its answers made."""
 
 
 def with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
@@ -58,7 +63,9 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     if run is None:
         return []
     recorded = words.read_config(str(run / runs.CONFIG))
-    kept: dict[str, Any] = {"model": {"checkpoint": (recorded.get("model") or {}).get("checkpoint")}}
+    model = recorded.get("model") or {}
+    own = ("model_name", *WRITING) if model.get("task_type") else ("checkpoint",)
+    kept: dict[str, Any] = {"model": {key: model.get(key) for key in own if key in model}}
     if verb != "predict" and not words.data_is_given(configs, flags):
         log.info("images as in %s", run / runs.CONFIG)
         kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
@@ -68,10 +75,14 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
 def _of_checkpoint(path: Path) -> dict[str, Any]:
     model = read_checkpoint(path).get("hyper_parameters", {})
     own = {key: v for key, v in model.items() if key not in LINKED and not key.startswith("_")}
-    return {"model": own, "data": {"classes": model.get("class_names"), **_input(model.get("data"))}}
+    classes = model.get("label_names" if "task_type" in model else "class_names")
+    return {"model": own, "data": {"classes": classes, **_input(model.get("data"))}}
 
 
 def _of_adapter(directory: Path) -> dict[str, Any]:
+    text = text_record(directory)
+    if text is not None:
+        return _of_text(text)
     record = read_record(directory)
     base, args = record["base"], dict(record["base"]["args"])
     args.pop("num_classes", None)
@@ -81,9 +92,29 @@ def _of_adapter(directory: Path) -> dict[str, Any]:
     return {"model": model, "data": {"classes": record["classes"], **_input(record["data"])}}
 
 
+def text_record(directory: Path) -> dict[str, Any] | None:
+    """Return what an adapter or a model of text records; None for one of images, and for what cannot be read."""
+    try:
+        return read_text_record(directory)
+    except AdapterFileError:
+        return None
+
+
+def _of_text(record: dict[str, Any]) -> dict[str, Any]:
+    base, data = record["base"], record["data"]
+    sizes = {key: base["args"][key] for key in ("new_tokens", "untied", "problem_type") if key in base["args"]}
+    # the network is replaced by the adapted one as soon as the task is there: any weights will do
+    model = {"task_type": data["task_type"], "pretrained": False, "mode": "lora", **sizes}
+    if base["name"] is not None:
+        model |= {"model_name": base["name"], "model_args": {"revision": base["tag"]} if base["tag"] else None}
+    return {"model": model, "data": {"classes": record["classes"], **_input(data)}}
+
+
 def _input(data: dict[str, Any] | None) -> dict[str, Any]:
     if data is None:
         return {}
+    if "input_size" not in data:
+        return {key: data[key] for key in OF_TEXT if key in data}
     channels, *size = data["input_size"]
     kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {"image_size": size, "in_chans": channels, **{key: data[key] for key in kept if key in data}}

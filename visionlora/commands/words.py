@@ -64,6 +64,13 @@ def setting(key: str, configs: list[str], words: list[str]) -> Any:
     return found
 
 
+def model_setting(key: str, configs: list[str], words: list[str]) -> Any:
+    """Return what was given for a setting of the model, or None: the last flag, else the last config that has it."""
+    found = setting(f"model.{key}", [], words)
+    given = [(read_config(config).get("model") or {}).get(key) for config in configs]
+    return found if found is not None else next((value for value in reversed(given) if value is not None), None)
+
+
 def without(key: str, words: list[str]) -> list[str]:
     """Return the words without a flag and its value."""
     kept: list[str] = []
