@@ -138,11 +138,12 @@ def test_a_merged_model_is_a_plain_model_of_transformers(name: str, tmp_path: Pa
     run = trained(name)
     expected, net = logits(run), copy.deepcopy(run.module.net)
     vl.merge(net)
-    assert_close(logits(run, net), expected, atol=1e-5, rtol=1e-5)
+    merged = logits(run, net)
+    assert_close(merged, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     net.save_pretrained(tmp_path)
     plain = getattr(transformers, AUTO[name]).from_pretrained(tmp_path).eval()
     assert type(plain).__module__.startswith("transformers.")
-    assert_close(logits(run, plain), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(run, plain), merged)
     vl.unmerge(net)
     assert torch.equal(logits(run, net), expected)
 
@@ -170,7 +171,9 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(name: str, tmp_pat
 
 
 class PowerCut(pl.Callback):
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.current_epoch == 1:
             raise KeyError("power cut")
 
