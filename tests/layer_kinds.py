@@ -117,10 +117,8 @@ LAYERS: dict[str, Kind] = {
 }
 
 
-def rank_of(variant: str, kind: str) -> int:
+def rank_of(model: nn.Module, variant: str, kind: str) -> int:
     """Return 2, or the largest rank that is a saving on this layer; 0 where the variant has none."""
-    torch.manual_seed(0)
-    model = nn.Sequential(LAYERS[kind].make())
     try:
         select(model, config_of(variant, kind, r=1))
         select(model, config_of(variant, kind, r=2))
@@ -135,7 +133,8 @@ def config_of(variant: str, kind: str, **config: object) -> vl.LoraConfig:
     return vl.LoraConfig(variant=variant, **named)  # type: ignore[arg-type]
 
 
-RANKS = {(v, k): rank for v in VARIANTS for k in LAYERS if (rank := rank_of(v, k))}
+_MODELS = {kind: nn.Sequential(row.make()) for kind, row in LAYERS.items()}
+RANKS = {(v, k): rank for v in VARIANTS for k, model in _MODELS.items() if (rank := rank_of(model, v, k))}
 CASES = list(RANKS)
 
 

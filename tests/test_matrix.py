@@ -12,7 +12,6 @@ from layer_kinds import CASES, LAYERS, RANKS, adapted, build, cast, config_of, s
 from torch.testing import assert_close
 
 import visionlora as vl
-from visionlora.core.attach import Materialised
 from visionlora.errors import TargetError
 from visionlora.variants import VARIANTS
 
@@ -20,17 +19,16 @@ EVERY = pytest.mark.parametrize(("variant", "kind"), CASES)
 REFUSED = [(v, k) for v in VARIANTS for k in LAYERS if (v, k) not in RANKS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @EVERY
-def test_attaching_changes_no_bit(variant: str, kind: str, dtype: torch.dtype) -> None:
-    model, x = build(kind, dtype)
-    keys, own = set(model.state_dict()), [type(m) for m in model.modules()]
-    with torch.no_grad():  # attention takes another way where a parameter wants a gradient
-        before = model(x)
+@torch.no_grad()  # attention takes another way where a parameter wants a gradient
+def test_attaching_changes_no_bit(variant: str, kind: str) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model, x = build(kind, dtype)
+        keys, own, before = set(model.state_dict()), [type(m) for m in model.modules()], model(x)
         vl.apply_lora(model, config_of(variant, kind, r=RANKS[variant, kind]))
-        assert torch.equal(model(x), before)
-    assert keys == set(vl.base_state_dict(model))
-    assert all(any(isinstance(m, cls) for m in model.modules()) for cls in own)
+        assert torch.equal(model(x), before), dtype
+        assert keys == set(vl.base_state_dict(model))
+        assert all(any(isinstance(m, cls) for m in model.modules()) for cls in own)
 
 
 @pytest.mark.parametrize(("variant", "kind"), REFUSED)
@@ -54,7 +52,7 @@ def test_the_variants_meet_the_layer_kinds() -> None:
 @EVERY
 def test_layers_take_the_way_that_is_right_for_them(variant: str, kind: str) -> None:
     model, _ = adapted(variant, kind)
-    way = LAYERS[kind].way if VARIANTS[variant].branched else Materialised
+    way = LAYERS[kind].way
     assert isinstance(seat(model)[1], way)
 
 
@@ -216,20 +214,18 @@ def test_dropout_thins_the_rank_in_training_only(variant: str, kind: str) -> Non
     stir(model)
     assert torch.equal(model(x), model(x))
     model.train()
-    torch.manual_seed(1)
-    outputs = torch.stack([model(x) for _ in range(12)])
-    assert outputs.std(0).max() > 1e-3
+    first = model(x)
+    assert any((model(x) - first).abs().max() > 1e-3 for _ in range(12))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @EVERY
-def test_lower_precision_stays_near_float64(variant: str, kind: str, dtype: torch.dtype) -> None:
+def test_lower_precision_stays_near_float64(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
     stir(model)
     exact = model(x)
-    y = model.to(dtype)(cast(x, dtype)).double()
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-    assert (y - exact).abs().max() <= tolerance * exact.abs().max()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):  # from one to the next: rounded once
+        y = model.to(dtype)(cast(x, dtype)).double()
+        assert (y - exact).abs().max() <= tolerance * exact.abs().max(), dtype
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv_3x3"])
