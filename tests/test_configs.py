@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import text_toy
+import text_toy_data
 import yaml
+from transformers import AutoTokenizer
 
 from visionlora.cli import main
 from visionlora.commands.words import config_folders, find_config
 from visionlora.errors import ConfigError
 
-NAMES = ("cnn_folder", "quickstart", "vit_folder")
+TEXTS = ("text_generate", "text_qa", "text_sentiment", "text_summarize")
+NAMES = ("cnn_folder", "quickstart", *TEXTS, "vit_folder")
 
 
 def test_all_shipped_configs_are_known_here() -> None:
@@ -46,6 +50,27 @@ def test_a_config_for_folders_asks_for_the_folder(
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", name]) == 2
     assert "give a folder as root or a CSV as csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_config_of_text_trains_a_tiny_model_of_its_kind(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(find_config(name)).read_text())
+    family = next(key for key in ("bert", "gpt2", "t5") if key in config["model"]["model_name"])
+    text_toy.hub(tmp_path / "base", family, **({} if family == "t5" else {"max_position_embeddings": 512}))
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained("base")
+    rows = text_toy_data.rows(config["model"]["task_type"], 60)
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["fit", "--config", name]) == 2  # no data
+    words = ["--data.root", "rows.jsonl", "--data.cache", "none", "--model.model_name", "base"]
+    few = ["--trainer.max_epochs", "1", *QUICKER, "--model.max_new_tokens", "4"]
+    assert main(["fit", "--config", name, *words, *few]) == 0
+    assert "the base, bit for bit" in capsys.readouterr().out
+    assert Path(f"runs/{name}/adapter").is_dir()
 
 
 def test_a_file_of_the_working_folder_comes_before_a_shipped_config(
