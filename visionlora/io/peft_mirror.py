@@ -17,6 +17,8 @@ from visionlora.plan import Plan
 from visionlora.targets import Site
 
 _VARIANTS = ("lora", "dora", "fa")
+_OWN_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT trains in full by itself for a task; a name inside it would be wrapped twice."""
 _PADS_ITSELF = ("timm.layers.conv2d_same", "Conv2dSame")  # PEFT builds its lora_A from the layer's own class
 
 
@@ -30,7 +32,8 @@ def peft_config(model: nn.Module, plan: Plan, base_name: str | None) -> tuple[di
         return None, reasons
     ranks = {site.name: (site.rank, site.scale) for site in plan.sites}
     transposed = any(site.geometry.kind == "conv1d_hf" for site in plan.sites)
-    config = config_of(plan.config, ranks, names, dora=plan.config.variant == "dora", saved=saved)
+    whole = _whole_heads(model, plan.config, saved)
+    config = config_of(plan.config, ranks, names, dora=plan.config.variant == "dora", saved=whole)
     return {**config, "base_model_name_or_path": base_name, "fan_in_fan_out": transposed}, []
 
 
@@ -123,9 +126,21 @@ def _saved(plan: Plan) -> list[str]:
     return [name for name, roles in plan.values.items() if set(roles.values()) != {"bias"}]
 
 
+def _whole_heads(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+    """Return the names of saved modules, those inside a head that PEFT saves by itself under the name of that head."""
+    heads = [head for head in _OWN_HEADS.get(config.task_type or "", ()) if model._modules.get(head) is not None]
+    for head in heads:
+        inside = [name for name in saved if name.startswith(f"{head}.")]
+        owned = {f"{head}.{key}" for key in _state(model, head)}
+        if inside and all(key.rpartition(".")[0] in inside for key in owned):
+            saved = [head, *(name for name in saved if name not in inside)]
+    return saved
+
+
 def _state(model: nn.Module, name: str) -> set[str]:
     """Return the names of what a module stores, without its adapters."""
-    return {key for key in model.get_submodule(name).state_dict() if not key.startswith("adapters.")}
+    keys = model.get_submodule(name).state_dict()
+    return {key for key in keys if not f".{key}".partition(".adapters.")[1]}
 
 
 def _name(plan: Plan, key: str) -> str:
