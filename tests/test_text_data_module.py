@@ -131,7 +131,7 @@ def test_packed_training_and_plain_evaluation() -> None:
     assert set(batch) == {"input_ids", "position_ids", "labels"}
     assert set(next(iter(module.val_dataloader()))) == {"input_ids", "attention_mask", "labels", "rows"}
     packed = sum(int((b["labels"] != -100).sum()) for b in module.train_dataloader())
-    assert packed <= sum(n - 1 for n in module._tokens("train").lengths.tolist())
+    assert packed <= sum(n - 1 for n in module.train_dataloader().dataset.features.lengths.tolist())
 
 
 def test_a_folder_of_a_model_gives_the_tokenizer(tmp_path: Path) -> None:

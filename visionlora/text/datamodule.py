@@ -8,27 +8,26 @@ from collections import Counter
 from collections.abc import Callable, Sized
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, get_args
+from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from visionlora.data.dataset import OnError
 from visionlora.data.parts import Division
 from visionlora.errors import ConfigError, DataError
-from visionlora.text.caching import cache_folder, cached_features
-from visionlora.text.collating import Collate, rows_of_stage
+from visionlora.text.caching import cache_folder
+from visionlora.text.collating import rows_of_stage
 from visionlora.text.columns import Example, TaskType, check_task
 from visionlora.text.examples import checked_examples
-from visionlora.text.features import Features
 from visionlora.text.labels import ProblemType, check_known, check_problem, label_list, labels_of
 from visionlora.text.layout import fitting_length, identity, ready_tokenizer
-from visionlora.text.packing import PackedFeatures, Packing, collate_packed
+from visionlora.text.loaders import Loaders
+from visionlora.text.packing import Packing
 from visionlora.text.parts import TextParts, divide
-from visionlora.text.prompts import Chat, columns_of
+from visionlora.text.prompts import Chat
 from visionlora.text.reading import Documents, Row, read_rows, rows_of
-from visionlora.text.settings import Overlong, TokenSettings, describe, one_of
+from visionlora.text.settings import Overlong, TokenSettings, check_choices
 from visionlora.training.sampler import ResumableSampler
 
 __all__ = ["TextData"]
@@ -129,17 +128,9 @@ class TextData(pl.LightningDataModule):
         self.save_hyperparameters(ignore=["train_sampler", "tokenizer"], logger=False)
         if task_type is None:
             raise ConfigError("task_type is needed: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, CAUSAL_LM or SEQ_2_SEQ_LM")
-        if batch_size < 1 or num_workers < 0:
-            raise ConfigError("batch_size must be above 0, num_workers at least 0")
-        one_of("documents", documents, get_args(Documents))
-        one_of("on_error", on_error, get_args(OnError))
-        one_of("packing", packing, get_args(Packing))
         self.task_type = check_task(task_type)
         self.problem_type = check_problem(problem_type, self.task_type)
-        if packing != "none" and self.task_type != "CAUSAL_LM":
-            raise ConfigError(f"packing belongs to CAUSAL_LM: in a row of {self.task_type} texts would see each other")
-        if template is not None and columns_of(template) and self.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-            raise ConfigError(f"template writes prompts of CAUSAL_LM and SEQ_2_SEQ_LM; {self.task_type} has none")
+        check_choices(self.hparams, self.task_type)
         self.root, self.val_root, self.test_root, self.source_root = root, val_root, test_root, source_root
         self.predict_source, self.template, self.chat, self.packing = predict_source, template, chat, packing
         self.batch_size, self.num_workers, self.on_error, self.seed = batch_size, num_workers, on_error, seed
@@ -154,7 +145,6 @@ class TextData(pl.LightningDataModule):
         self._division = Division(
             train_domains, test_domains, source_domains, val_fraction, test_fraction, split_seed, None, shots
         )
-        self._features: dict[str, Features] = {}
 
     @classmethod
     def from_rows(cls, rows: Any, **settings: Any) -> TextData:
@@ -246,39 +236,33 @@ class TextData(pl.LightningDataModule):
         """Tokenise in one process of a node where there are several, which then read what it kept."""
         several = self.trainer is not None and self.trainer.world_size > 1
         if several and self.cache is not None and self.root is not None:
-            for part in ("train", "val", *(f"test {name}" for name in self.parts.tests)):
-                if self._part(part):
-                    self._tokens(part)
+            for part, examples in self._by_part.items():
+                if examples:
+                    self._loaders.tokens(part, examples, self._settings())
 
     def train_dataloader(self) -> DataLoader[Any]:
-        features = self._tokens("train")
-        data: Dataset[dict[str, Any]] = features
-        collate: Callable[[Any], Any] = Collate(self.tokenizer, self._settings())
-        if self.packing == "documents":
-            data = PackedFeatures(features, self._settings().max_length)
-            collate = partial(collate_packed, padding=self.tokenizer.pad_token_id)
-        size = len(data)  # type: ignore[arg-type]
-        sampler = (self.train_sampler or self._resumable)(data)  # type: ignore[arg-type]
-        whole = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
-        # a small last batch would weigh its examples more than the others; a set smaller than a batch is one batch
-        return self._loader(data, collate, sampler=sampler, drop_last=size >= whole)
+        devices = self.trainer.world_size if self.trainer is not None else 1
+        make = self.train_sampler or self._resumable
+        return self._loaders.training(self.parts.train, self._settings(), self.packing, make, devices=devices)
 
     def val_dataloader(self) -> DataLoader[Any]:
         if not self.parts.val:
             raise DataError("no validation examples: set val_fraction above 0, or --trainer.limit_val_batches 0")
-        return self._evaluation("val")
+        return self._loaders.evaluation("val", self.parts.val, self._settings())
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        return [self._evaluation(f"test {name}") for name in self.parts.tests]
+        return [
+            self._loaders.evaluation(f"test {name}", part, self._settings()) for name, part in self.parts.tests.items()
+        ]
 
     def predict_dataloader(self) -> DataLoader[Any]:
         if self.predict_source is None:
             raise DataError("nothing to predict: give a file, folder or glob as predict_source")
-        return self._evaluation("predict")
+        return self._loaders.evaluation("predict", self._to_predict, self._settings(answered=False))
 
     def statistics_dataloader(self) -> DataLoader[Any]:
         """Return the training examples as evaluation sees them, once and in order, to estimate statistics."""
-        return self._evaluation("train")
+        return self._loaders.evaluation("train", self.parts.train, self._settings())
 
     def teardown(self, stage: str) -> None:
         for name, places in self.skipped.items():
@@ -296,11 +280,14 @@ class TextData(pl.LightningDataModule):
     def _to_predict(self) -> list[Example]:
         return self._examples("predict", self._read(str(self.predict_source)), answered=False)
 
-    def _part(self, part: str) -> list[Example]:
-        if part == "predict":
-            return self._to_predict
+    @property
+    def _by_part(self) -> dict[str, list[Example]]:
         tests = {f"test {name}": examples for name, examples in self.parts.tests.items()}
-        return {"train": self.parts.train, "val": self.parts.val, **tests}[part]
+        return {"train": self.parts.train, "val": self.parts.val, **tests}
+
+    @cached_property
+    def _loaders(self) -> Loaders:
+        return Loaders(self.tokenizer, self.cache, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def _settings(self, *, answered: bool = True) -> TokenSettings:
         longest, target, stride, overlong = self._lengths
@@ -311,39 +298,13 @@ class TextData(pl.LightningDataModule):
             self.problem_type, tuple(self.label_names or ()) if answered else (), answered,
         )  # fmt: skip
 
-    def _tokens(self, part: str) -> Features:
-        if part not in self._features:
-            settings = self._settings(answered=part != "predict")
-            features = cached_features(self._part(part), self.tokenizer, settings, self.cache)
-            if told := describe(features.counts, settings.max_length):
-                logger.warning("%s: %s", part, told)
-            self._features[part] = features
-        return self._features[part]
-
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """What was cut, split and dropped so far, by part."""
-        return {part: features.counts for part, features in self._features.items()}
-
-    def _evaluation(self, part: str) -> DataLoader[Any]:
-        settings = self._settings(answered=part != "predict")
-        return self._loader(self._tokens(part), Collate(self.tokenizer, settings, self._part(part)))
+        return {part: features.counts for part, features in self._loaders.features.items()}
 
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
 
     def _resumable(self, data: Sized) -> Sampler[int]:
         return ResumableSampler(len(data), seed=self._seed())
-
-    def _loader(
-        self,
-        data: Dataset[dict[str, Any]],
-        collate: Callable[[Any], Any],
-        *,
-        sampler: Sampler[int] | None = None,
-        drop_last: bool = False,
-    ) -> DataLoader[Any]:
-        return DataLoader(
-            data, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=collate,
-            drop_last=drop_last, pin_memory=torch.cuda.is_available(), persistent_workers=self.num_workers > 0,
-        )  # fmt: skip

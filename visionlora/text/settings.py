@@ -10,13 +10,18 @@ from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.text.columns import TaskType
 from visionlora.text.labels import ProblemType
-from visionlora.text.prompts import Chat
+from visionlora.text.prompts import Chat, columns_of
 
-__all__ = ["IGNORED", "Overlong", "TokenSettings", "describe", "one_of"]
+__all__ = ["IGNORED", "Overlong", "TokenSettings", "check_choices", "describe", "one_of"]
 
 IGNORED = -100
 """The label of a token that is not learned, as torch's cross-entropy has it."""
 Overlong = Literal["auto", "cut", "split", "raise"]
+CHOICES = {
+    "documents": ("line", "paragraph", "file"),
+    "on_error": ("raise", "skip"),
+    "packing": ("none", "documents"),
+}
 SPLITTING = ("TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM")
 
 
@@ -78,6 +83,18 @@ def describe(counts: Mapping[str, int], max_length: int) -> str:
         "answers out of tokens": "{n:,} answers stand at no token and count as unanswerable",
     }
     return "; ".join(text.format(n=counts[what]) for what, text in told.items() if counts.get(what))
+
+
+def check_choices(settings: Any, task: TaskType) -> None:
+    """Raise ConfigError for a setting of a data module that cannot work."""
+    if settings.batch_size < 1 or settings.num_workers < 0:
+        raise ConfigError("batch_size must be above 0, num_workers at least 0")
+    for name, choices in CHOICES.items():
+        one_of(name, settings[name], choices)
+    if settings.packing != "none" and task != "CAUSAL_LM":
+        raise ConfigError(f"packing belongs to CAUSAL_LM: in a row of {task} texts would see each other")
+    if columns_of(settings.template) and task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise ConfigError(f"template writes prompts of CAUSAL_LM and SEQ_2_SEQ_LM; {task} has none")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
