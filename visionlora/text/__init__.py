@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from visionlora.text.loading import load_model as load_model
     from visionlora.text.loading import load_tokenizer as load_tokenizer
     from visionlora.text.module import TextTask as TextTask
+    from visionlora.text.renamed import load_older_adapter as load_older_adapter
     from visionlora.text.several import TaskModels as TaskModels
 
 # looked up when first used: transformers is needed for none of the names, only for what they do
@@ -23,6 +24,7 @@ _WHERE = {
     "untie": "visionlora.text.families",
     "load_model": "visionlora.text.loading",
     "load_tokenizer": "visionlora.text.loading",
+    "load_older_adapter": "visionlora.text.renamed",
 }
 
 __all__ = list(_WHERE)
