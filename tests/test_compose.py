@@ -15,9 +15,9 @@ from torch.testing import assert_close
 
 import visionlora as vl
 from visionlora.compose import combine
-from visionlora.compose.factors import Factors, cut
 from visionlora.compose.methods import METHODS, disjoint_mean, drop, trim
 from visionlora.config import Init
+from visionlora.core.thin import Thin, cut
 from visionlora.errors import VisionLoRAError
 from visionlora.registry import adapted_layers, adapter_plan, adapter_state
 
@@ -121,7 +121,7 @@ def test_a_cut_loses_the_dropped_singular_values_and_no_more(kind: str, rank: in
 
 
 def test_thin_factors_are_cut_like_the_dense_change() -> None:
-    thin = Factors(torch.randn(2, 7, 5).double(), torch.randn(2, 5, 9).double())
+    thin = Thin(torch.randn(2, 7, 5).double(), torch.randn(2, 5, 9).double())
     for rank in (1, 3, 5, 7):
         ours, truth = cut(thin, rank), cut(thin.dense(), rank)
         assert_close(ours.factors.dense(), truth.factors.dense())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import visionlora
 ROOT = Path(visionlora.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "config", "atomic"},
-    {"core.geometry", "core.delta", "core.kept", "core.orders", "core.maps", "core.ops", "core.fast"},
+    {"core.geometry", "core.thin", "core.delta", "core.kept", "core.orders", "core.maps", "core.ops", "core.fast"},
     {"core.attach"},
     {"core.norms", "variants"},
     {"core.folding"},
@@ -59,8 +60,12 @@ def floor(name: str) -> int:
 
 
 def imports(path: Path) -> list[str]:
+    return imported_names(ast.parse(path.read_text()))
+
+
+def imported_names(tree: ast.Module) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.append(node.module)
         elif isinstance(node, ast.Import):
@@ -77,6 +82,16 @@ def test_imports_go_down(path: Path) -> None:
         if imported.startswith("visionlora."):
             other = imported.removeprefix("visionlora.")
             assert floor(other) <= floor(name), f"visionlora.{name} imports visionlora.{other}, which lies higher"
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    # an import from the folder itself, `from visionlora.io.formats import lokr`, runs all that its __init__ imports
+    graph = {}
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
+        graph[dotted(path)] = [name.removeprefix("visionlora.") for name in imported_names(tree)]
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)

@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionlora.compose.factors import Factors, joined
 from visionlora.core.delta import Delta, Parts
 from visionlora.core.geometry import Geometry, materialisable, widened
+from visionlora.core.thin import Thin, joined
 from visionlora.errors import StateError
 from visionlora.targets import Site
 from visionlora.variants.fa import FA
 from visionlora.variants.lora import LoRA
 
 Rows = tuple[int, int]
-Piece = Factors | Tensor
-"""Factors where the variant has them, else the dense (groups, out / groups, in * taps)."""
+Piece = Thin | Tensor
+"""Thin factors where the variant has them, else the dense (groups, out / groups, in * taps)."""
 
 
 def pieces(delta: Delta, site: Site, base: Tensor) -> dict[Rows, Piece]:
@@ -44,14 +44,14 @@ def within(block: Rows, found: Mapping[Rows, Piece]) -> Piece | None:
         return inside[block]
     if not inside:
         return None
-    if all(isinstance(piece, Factors) for piece in inside.values()):
+    if all(isinstance(piece, Thin) for piece in inside.values()):
         return joined([_set_in(piece, rows, block) for rows, piece in inside.items()])  # type: ignore[misc]
     return sum(dense(_set_in(piece, rows, block)) for rows, piece in inside.items())  # type: ignore[return-value]
 
 
 def dense(piece: Piece) -> Tensor:
     """Return the change itself."""
-    return piece.dense() if isinstance(piece, Factors) else piece
+    return piece.dense() if isinstance(piece, Thin) else piece
 
 
 def each(found: Mapping[Rows, Piece], change: Callable[[Tensor], Tensor]) -> dict[Rows, Piece]:
@@ -59,7 +59,7 @@ def each(found: Mapping[Rows, Piece], change: Callable[[Tensor], Tensor]) -> dic
     return {rows: change(dense(piece)) for rows, piece in found.items()}
 
 
-def as_tensors(factors: Factors, geometry: Geometry) -> dict[str, Tensor]:
+def as_tensors(factors: Thin, geometry: Geometry) -> dict[str, Tensor]:
     """Return A and B as the variant "lora" stores them."""
     A = factors.A.reshape(geometry.groups * factors.rank, geometry.in_, *geometry.kernel)
     return {"A": A, "B": factors.B.reshape(-1, factors.rank, *[1] * len(geometry.kernel))}
@@ -69,7 +69,7 @@ def _piece(delta: Delta, site: Site, rows: Rows, base: Tensor) -> Piece:
     geo = delta.geometry
     if isinstance(delta, (LoRA, FA)) and delta.state_dict().keys() == {"A", "B"}:  # and no start that is taken off
         A = wide(delta.A).reshape(geo.groups, delta.rank, -1)
-        return Factors(delta.scale * wide(delta.B).reshape(geo.groups, -1, delta.rank), A)
+        return Thin(delta.scale * wide(delta.B).reshape(geo.groups, -1, delta.rank), A)
     if not materialisable(base):
         raise StateError(
             f"the change of {site.name} depends on its weight, and {type(base).__name__} hides it; combine the "
@@ -83,8 +83,8 @@ def _piece(delta: Delta, site: Site, rows: Rows, base: Tensor) -> Piece:
 
 def _set_in(piece: Piece, rows: Rows, block: Rows) -> Piece:
     above, below = rows[0] - block[0], block[1] - rows[1]
-    if isinstance(piece, Factors):
-        return Factors(F.pad(piece.B, (0, 0, above, below)), piece.A)
+    if isinstance(piece, Thin):
+        return Thin(F.pad(piece.B, (0, 0, above, below)), piece.A)
     return F.pad(piece, (0, 0, above, below))
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visionlora.compose.factors import Cut, Factors, cut, joined
 from visionlora.compose.methods import METHODS, Method, weighted_sum
 from visionlora.compose.pieces import Piece, dense
 from visionlora.config import did_you_mean
+from visionlora.core.thin import Cut, Thin, cut, joined
 from visionlora.errors import ConfigError
 
 DENSITY = 0.5
@@ -42,13 +42,13 @@ class Recipe:
         change = self._sum(changes, weights)
         if self.name != "concat":
             return cut(change, rank)
-        rows, columns = (change.B.shape[1], change.A.shape[2]) if isinstance(change, Factors) else change.shape[1:]
-        if isinstance(change, Factors) and change.rank <= min(rows, columns):
+        rows, columns = (change.B.shape[1], change.A.shape[2]) if isinstance(change, Thin) else change.shape[1:]
+        if isinstance(change, Thin) and change.rank <= min(rows, columns):
             return Cut(change, 0.0, change.square())
         return cut(change, min(rows, columns))  # dense changes, or more rank than the layer has: exact all the same
 
     def _sum(self, changes: Sequence[Piece], weights: Sequence[float]) -> Piece:
-        thin = [change.times(w) for change, w in zip(changes, weights, strict=True) if isinstance(change, Factors)]
+        thin = [change.times(w) for change, w in zip(changes, weights, strict=True) if isinstance(change, Thin)]
         if self.method.merge is weighted_sum and len(thin) == len(changes):
             return joined(thin)
         return self.method.merge([dense(change) for change in changes], weights)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, sqrt
 
-from visionlora.compose.factors import Cut
+from visionlora.core.thin import Cut
 from visionlora.overview import table
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from math import hypot, prod
+from math import hypot, prod, sqrt
 
 import torch
 from torch import Tensor
 
 from visionlora.core.delta import Delta, Parts
 from visionlora.core.geometry import Geometry
+from visionlora.core.thin import Thin, cut
 from visionlora.io.formats.products import NUMERIC, thin
 from visionlora.variants import LowRank
 from visionlora.variants.dora import DoRA
@@ -51,9 +52,9 @@ def factors_of(delta: Delta, weight: Tensor, *, dora: bool = True) -> Factors:
         return _rescaled(delta, weight)
     kept = _low_rank(delta)
     if kept is None or (not dora and any(isinstance(leaf, DoRA) for _, leaf in kept)):
-        pair = thin(delta)
-        if pair is not None:
-            return _rounded(delta.geometry, delta.scale * pair[0], pair[1])
+        found = thin(delta)
+        if found is not None:
+            return _rounded(delta.geometry, found.times(delta.scale))
         return decompose(delta.geometry, dense_change(delta, weight))
     return _side_by_side(delta.geometry, kept, _magnitude(kept, weight))
 
@@ -68,13 +69,10 @@ def dense_change(delta: Delta, weight: Tensor) -> Tensor:
 
 def decompose(geometry: Geometry, change: Tensor, rank: int | None = None) -> Factors:
     """Return the nearest factors of at most a rank, without a rank those that lose nothing but rounding."""
-    groups, out = geometry.groups, geometry.out // geometry.groups
-    U, S, V = torch.linalg.svd(change.double().reshape(groups, out, -1), full_matrices=False)
-    own = max(1, int((NUMERIC * S.max() < S).sum(dim=1).max()))
-    r = own if rank is None else min(rank, own)
-    root = S[:, :r].sqrt()
-    found = _rounded(geometry, U[:, :, :r] * root.unsqueeze(1), root.unsqueeze(2) * V[:, :r])
-    return replace(found, error=float(hypot(found.error, float(S[:, r:].norm()))), norm=float(S.norm()))
+    dense = change.double().reshape(geometry.groups, geometry.out // geometry.groups, -1)
+    kept = cut(dense, rank, noise=NUMERIC)
+    found = _rounded(geometry, kept.factors)
+    return replace(found, error=hypot(found.error, sqrt(kept.dropped)), norm=sqrt(kept.total))
 
 
 def product(geometry: Geometry, factors: Factors) -> Tensor:
@@ -95,11 +93,11 @@ def row_norm(weight: Tensor) -> Tensor:
     return norm
 
 
-def _rounded(geometry: Geometry, B: Tensor, A: Tensor) -> Factors:
-    """Return factors given in float64, (groups,) rows first, as float32 in our layout, and what the rounding lost."""
-    r, ones, whole = B.shape[-1], [1] * len(geometry.kernel), (B @ A).reshape(geometry.shape)
-    A, B = A.reshape(geometry.groups * r, geometry.in_, *geometry.kernel), B.reshape(geometry.out, r, *ones)
-    found = Factors(A.float(), B.float(), 1.0)
+def _rounded(geometry: Geometry, exact: Thin) -> Factors:
+    """Return factors given in float64 as float32 in our layout, and what the rounding lost."""
+    r, ones, whole = exact.rank, [1] * len(geometry.kernel), exact.dense().reshape(geometry.shape)
+    A = exact.A.reshape(geometry.groups * r, geometry.in_, *geometry.kernel)
+    found = Factors(A.float(), exact.B.reshape(geometry.out, r, *ones).float(), 1.0)
     return replace(found, error=float((product(geometry, found) - whole).norm()), norm=float(whole.norm()))
 
 

@@ -8,9 +8,9 @@ from visionlora.config import LoraConfig, did_you_mean
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import Geometry, geometry_of
 from visionlora.errors import AdapterFileError
-from visionlora.io.formats import lokr
 from visionlora.io.formats.change import DENSE, LayerChange
 from visionlora.io.formats.factors import dense_change
+from visionlora.io.formats.lokr import kronecker
 from visionlora.plan import base_tensor
 from visionlora.variants import VARIANTS
 
@@ -60,5 +60,5 @@ def dense_of(change: LayerChange, geometry: Geometry, weight: Tensor) -> Tensor:
     if change.variant == DENSE:
         return change.tensors["change"]
     if change.variant == "lokr":  # its sizes need not be those of our LoKr
-        return lokr.dense(change, geometry)
+        return kronecker(change, geometry)
     return dense_change(delta_of(change, geometry, weight), weight)

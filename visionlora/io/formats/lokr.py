@@ -37,7 +37,7 @@ def promoted(change: LayerChange, geometry: Geometry) -> LayerChange:
     return replace(change, tensors={"w1": w1, "w2": w2.reshape(block)})
 
 
-def dense(change: LayerChange, geometry: Geometry) -> Tensor:
+def kronecker(change: LayerChange, geometry: Geometry) -> Tensor:
     """Return the whole change in float64, whatever sizes its factors have."""
     w1, tensors = change.tensors["w1"].double(), {key: t.double() for key, t in change.tensors.items()}
     w2 = tensors["w2"] if "w2" in tensors else tensors["w2_a"] @ tensors["w2_b"]

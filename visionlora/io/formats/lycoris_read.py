@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.errors import AdapterFileError
-from visionlora.io.formats import lycoris_layer
 from visionlora.io.formats.change import Imported, LayerChange
 from visionlora.io.formats.layer import base_weight, layer_geometry, own_value
+from visionlora.io.formats.lycoris_layer import Leaves, dora, loha, lokr, lora
 from visionlora.io.formats.names import Layers
 from visionlora.io.formats.tensors import read_safetensors
 from visionlora.io.strict import short, wrong
@@ -23,7 +23,7 @@ FAMILIES: dict[str, frozenset[str]] = {
 }
 """Endings of the keys of each kind of change."""
 
-_READERS = {"lora": lycoris_layer.lora, "loha": lycoris_layer.loha, "lokr": lycoris_layer.lokr}
+_READERS = {"lora": lora, "loha": loha, "lokr": lokr}
 _FIRST = {"lora": "lora_up.weight", "loha": "hada_w1_a", "lokr": "lokr_w1"}
 _BESIDE = frozenset({"alpha", "dora_scale", "scalar", "diff_b"})
 _ALIASES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # as diffusers names them
@@ -91,13 +91,13 @@ def _family(written: str, own: dict[str, Tensor]) -> str:
 
 
 def _change(model: nn.Module, layer: str, family: str, own: dict[str, Tensor]) -> LayerChange:
-    geometry, leaves = layer_geometry(model, layer), lycoris_layer.Leaves(layer, own)
+    geometry, leaves = layer_geometry(model, layer), Leaves(layer, own)
     scalar, first = leaves.number("scalar", 1.0), _FIRST[family]
     if scalar != 1 and first in own:  # older LyCORIS stores apart what newer versions multiply in
         own = {**own, first: own[first].float() * scalar}
-        leaves = lycoris_layer.Leaves(layer, own)
+        leaves = Leaves(layer, own)
     change = _READERS[family](geometry, leaves)
-    return lycoris_layer.dora(geometry, leaves, change, base_weight(model, layer)) if "dora_scale" in own else change
+    return dora(geometry, leaves, change, base_weight(model, layer)) if "dora_scale" in own else change
 
 
 def _value(model: nn.Module, layer: str, attribute: str, difference: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from visionlora.core.delta import Delta
+from visionlora.core.thin import Thin, cut
 from visionlora.variants.loha import LoHa
 from visionlora.variants.lokr import LoKr
 
@@ -13,8 +14,8 @@ NUMERIC = 1e-10
 """Singular values below this share of the largest are rounding of the float32 factors."""
 
 
-def thin(delta: Delta) -> tuple[Tensor, Tensor] | None:
-    """Return B (out, r) and A (r, in * taps) with change = scale * B @ A in float64, or None where there are none."""
+def thin(delta: Delta) -> Thin | None:
+    """Return what a change is without its scale, in float64, or None where it has no thin factors."""
     if delta.geometry.groups > 1:
         return None
     with torch.no_grad():
@@ -26,18 +27,12 @@ def thin(delta: Delta) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Thin:
     # an entry is a sum over i times a sum over j: one sum over all pairs (i, j)
-    return (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1), (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
+    B, A = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1), (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
+    return Thin(B.unsqueeze(0), A.unsqueeze(0))
 
 
-def _kronecker(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-    (B1, A1), (B2, A2) = _split(w1), _split(w2)
-    return torch.kron(B1, B2), torch.kron(A1, A2)
-
-
-def _split(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
-    r = max(1, int((NUMERIC * S.max() < S).sum()))
-    root = S[:r].sqrt()
-    return U[:, :r] * root, root.unsqueeze(1) * V[:r]
+def _kronecker(w1: Tensor, w2: Tensor) -> Thin:
+    one, two = (cut(matrix.unsqueeze(0), noise=NUMERIC).factors for matrix in (w1, w2))
+    return Thin(torch.kron(one.B, two.B), torch.kron(one.A, two.A))
