@@ -3,10 +3,10 @@
     python benchmarks/adaptation.py signs --data DATA --weights WEIGHTS --work WORK --out results.jsonl
 
 Every task starts from a classifier that knows the source domain (trained in full there, once, or published) and adapts
-it to the target domain with the target's labels. LoRA runs at the defaults of ImageClassifier; each other method runs
-at every learning rate of a grid and is reported at the one that is best on the target test images, which favours it.
-The tasks caltech-v1 and signs-dev are for choosing defaults: none of their target images is in another task's test.
-One line of JSON a run; `--table results.jsonl` prints the tables of docs/results.md.
+it to the target domain with the target's labels. LoRA runs at the defaults of ImageClassifier, each other method at
+every learning rate of a grid. The tasks caltech-v1 and signs-dev are for choosing defaults: none of their target images
+is in another task's test; --folds chooses settings on a task's own training images.
+One line of JSON a run: adaptation.jsonl has those of docs/results.md, and `--table` prints its tables.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import csv
 import json
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ LORA: dict[str, dict[str, Any]] = {
     "lora-affine": {"norm": "affine"},
     "lora-stats": {"norm": "stats-affine"},
     "lora-depthwise": {"modules_to_save": ["conv_dw"]},
-    "lora-few-images": {"norm": "affine", "modules_to_save": ["conv_dw"], "r": 32, "lora_alpha": 64.0},
+    "lora-small-cnn": {"norm": "affine", "modules_to_save": ["conv_dw"], "r": 32, "lora_alpha": 64.0},
 }
 """What the variations of LoRA set beside the defaults of LoraConfig."""
 MODES = (*LORA, "linear", "norm", "full")
@@ -96,8 +97,11 @@ TASKS = {
 }  # fmt: skip
 
 
-def write_parts(task: Task, root: Path, path: Path) -> None:
-    """Write the data set of a task as CSV with the domains source, source_test, target and target_test."""
+def write_parts(task: Task, root: Path, path: Path, fold: tuple[int, int] | None = None) -> None:
+    """Write the data set of a task as CSV with the domains source, source_test, target and target_test.
+
+    With a fold, (0, 3) say, target_test is the first third of the target's training images instead.
+    """
     parts: dict[str, list[Sample]] = {}
     samples = read_tree(root / task.folder, layout="domain/class")
     for name, (train, test), shares in (("source", task.source, (0.8, 0.2)), ("target", task.target, task.shares)):
@@ -107,10 +111,23 @@ def write_parts(task: Task, root: Path, path: Path) -> None:
         else:
             parts[name] = own if train != test else []  # a published base: nothing to train on
             parts[f"{name}_test"] = [s for s in samples if s.domain == test]
+    if fold:
+        parts["target"], parts["target_test"] = outside_and_inside(parts["target"], *fold)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("path", "label", "domain"))
         rows.writerows((Path(s.path).resolve(), s.label, name) for name, part in parts.items() for s in part)
+
+
+def outside_and_inside(samples: list[Sample], at: int, folds: int) -> tuple[list[Sample], list[Sample]]:
+    """Return the samples outside a fold and those in it; every class is spread over the folds."""
+    shuffled: list[Sample] = []
+    for label in sorted({s.label for s in samples}):
+        own = sorted((s for s in samples if s.label == label), key=lambda s: str(s.path))
+        random.Random(7).shuffle(own)
+        shuffled += own
+    inside = shuffled[at % folds :: folds]
+    return [s for s in sorted(shuffled, key=lambda s: str(s.path)) if s not in inside], inside
 
 
 def data_of(task: Task, table: Path, domain: str, seed: int) -> ImageFolderData:
@@ -156,8 +173,8 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path) -> nn
 
 
 def runs(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield what says which run it is: seed, mode, learning rate, and epochs and LoRA settings that were asked for."""
-    asked = {key: value for key, value in (("epochs", args.epochs), ("lora", args.lora)) if value is not None}
+    """Yield what says which run it is: seed, mode, learning rate, and what else was asked for."""
+    asked = {key: value for key in ("epochs", "folds", "lora") if (value := getattr(args, key)) is not None}
     if not asked:
         yield {"mode": "before", "seed": None, "lr": None}
     for seed in args.seeds:
@@ -170,13 +187,14 @@ def measure(name: str, args: argparse.Namespace) -> None:
     task = TASKS[name]
     args.work.mkdir(parents=True, exist_ok=True)
     table = args.work / f"{name}.csv"
-    write_parts(task, args.data, table)
     rows = read_rows(args.out)
     for run in runs(task, args):
         run = {"task": name, **run}
         if any(which(row) == run for row in rows):  # a call that broke off has left it
             continue
-        net, seed = base_of(task, name, table, args.weights, args.work), run["seed"] or 0
+        seed = run["seed"] or 0
+        write_parts(task, args.data, table, (seed, args.folds) if args.folds else None)
+        net = base_of(task, name, table, args.weights, args.work)
         epochs = 0 if run["mode"] == "before" else run.get("epochs", task.epochs)
         scores = fit(net, data_of(task, table, "target", seed), task.classes, epochs, seed, **settings_of(run))
         append(args.out, run | scores | ({"trained": 0} if run["mode"] == "before" else {}))
@@ -201,6 +219,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr", type=float, nargs="+", help="learning rates, instead of those of the method")
     parser.add_argument("--epochs", type=int, help="instead of the epochs of the task")
+    parser.add_argument(
+        "--folds", type=int, help="test on the target's training images: seed k on the k-th of so many parts"
+    )
     parser.add_argument("--lora", type=json.loads, help="""more settings of LoraConfig: '{"r": 32}'""")
     parser.add_argument("--table", type=Path, help="print the tables of a results file")
     args = parser.parse_args()

@@ -31,7 +31,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 def tables(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table for each task, with a line for each method, rate and number of epochs."""
     lines = []
-    for task, own in grouped(rows, lambda row: row["task"]).items():
+    for task, own in grouped(rows, heading_of).items():
         lines += [f"## {task}", "", "| method | seeds | trained | target | source |", "|---|---|---|---|---|"]
         lines += [line_of(label, runs) for label, runs in grouped(own, label_of).items()] + [""]
     return "\n".join(lines)
@@ -42,6 +42,10 @@ def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
     for row in rows:
         found[key(row)].append(row)
     return found
+
+
+def heading_of(row: dict[str, Any]) -> str:
+    return f"{row['task']}, {row['folds']} folds of its training images" if "folds" in row else row["task"]
 
 
 def label_of(row: dict[str, Any]) -> str:

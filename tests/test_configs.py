@@ -16,7 +16,7 @@ from visionlora.commands.words import config_folders, find_config
 from visionlora.errors import ConfigError
 
 TEXTS = ("text_generate", "text_qa", "text_sentiment", "text_summarize")
-NAMES = ("cnn_folder", "quickstart", *TEXTS, "vit_folder")
+NAMES = ("cnn_folder", "cnn_small", "quickstart", *TEXTS, "vit_folder")
 
 
 def test_all_shipped_configs_are_known_here() -> None:
@@ -43,7 +43,7 @@ def test_a_config_is_accepted(
     assert shown["model"]["lora"] == {**shown["model"]["lora"], **given["model"]["lora"]}
 
 
-@pytest.mark.parametrize("name", ["cnn_folder", "vit_folder"])
+@pytest.mark.parametrize("name", ["cnn_folder", "cnn_small", "vit_folder"])
 def test_a_config_for_folders_asks_for_the_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
