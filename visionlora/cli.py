@@ -95,6 +95,7 @@ def overview() -> str:
         --debug                  show where an error came from
 
         Try it, no data needed:  visionlora fit --config quickstart
+        On text:                 visionlora fit --config text_sentiment --data.root FILE
         """
     ).format(verbs=verbs)
 
