@@ -123,7 +123,8 @@ def test_adapters_of_all_tasks_give_the_same_in_a_fresh_process(tmp_path: Path) 
         torch.save((batch, logits(run)), tmp_path / f"{name}.pt")
     places = {name: (str(trained(name).folder / "saved"), str(trained(name).base)) for name in TASKS}
     code = (
-        "import sys, torch; from visionlora.text import load_model; from visionlora.text.tasks import *\n"
+        "import sys, torch; from visionlora.text import load_model; from visionlora.text.tasks import task_of\n"
+        "from visionlora.text.inputs import model_inputs\n"
         f"for name, (saved, base) in {places!r}.items():\n"
         f"    batch, expected = torch.load({str(tmp_path)!r} + '/' + name + '.pt')\n"
         "    net = load_model(saved, base=base)\n"

@@ -19,7 +19,7 @@ from visionlora.text.full import MIRROR, read_full
 from visionlora.text.full import WEIGHTS as FULL
 from visionlora.text.layout import identity, ready_tokenizer
 
-__all__ = ["load_model", "load_tokenizer", "read_record"]
+__all__ = ["build_base", "load_model", "load_tokenizer", "place_of", "read_record"]
 
 _SIZES = ("new_tokens", "untied", "problem_type")
 """What of the recorded arguments builds the base; a file can set nothing else."""
@@ -43,9 +43,9 @@ def load_model(
     if _is_full(directory):
         if base is not None or strength != 1.0:
             raise ConfigError(f"{directory} holds a whole model, no adapter: leave base and strength away")
-        net = _built(directory, record, str(directory))
+        net = build_base(directory, record, str(directory))
     else:
-        net = _built(directory, record, _place(directory, record, base))
+        net = build_base(directory, record, place_of(directory, record, base))
         activate(net, _adapted(net, directory), strength)
     net.label_names = record["classes"]
     return net.to(device).eval()
@@ -62,7 +62,7 @@ def load_tokenizer(directory: str | Path, *, base: str | Path | None = None) -> 
     recorded: dict[str, Any] = told if isinstance(told, dict) else {}
     name = recorded.get("name")
     if not isinstance(name, str) or Path(name).exists():  # a path in a file is never followed
-        name = _place(directory, record, base)
+        name = place_of(directory, record, base)
     tokenizer = ready_tokenizer(str(base) if base is not None else name, record["data"][TEXT])
     wanted = recorded.get("fingerprint")
     if wanted is not None and identity(tokenizer) != wanted:
@@ -91,7 +91,8 @@ def _is_full(directory: Path) -> bool:
     return full
 
 
-def _built(directory: Path, record: dict[str, Any], name: str) -> nn.Module:
+def build_base(directory: Path, record: dict[str, Any], name: str) -> nn.Module:
+    """Return the model that a record describes, from a name or a folder."""
     known = record["base"]["args"]
     sizes = {key: known[key] for key in _SIZES if key in known} if not _is_full(directory) else {}
     tag = record["base"]["tag"]
@@ -104,7 +105,8 @@ def _built(directory: Path, record: dict[str, Any], name: str) -> nn.Module:
         raise ConfigError(f"the base of {directory} cannot be built: {e}{hint}") from None
 
 
-def _place(directory: Path, record: dict[str, Any], base: str | Path | None) -> str:
+def place_of(directory: Path, record: dict[str, Any], base: str | Path | None) -> str:
+    """Return where the base is: as given, else the recorded name on the hub. A path in a file is never followed."""
     if base is not None:
         return str(base)
     name: str | None = record["base"]["name"]

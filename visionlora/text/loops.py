@@ -19,7 +19,7 @@ from visionlora.errors import ConfigError
 from visionlora.eva import fit_to_data
 from visionlora.registry import adapter_plan, adapter_state
 from visionlora.targets import head_layers
-from visionlora.text.tasks import model_inputs
+from visionlora.text.inputs import model_inputs
 
 log = logging.getLogger(__name__)
 

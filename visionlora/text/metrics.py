@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection, R2Score
@@ -21,50 +18,11 @@ from torchmetrics.classification import (
 )
 from torchmetrics.text import BLEUScore, Perplexity, ROUGEScore, SQuAD
 
-from visionlora.errors import DataError, NonFiniteError
 from visionlora.text.entities import entity_f1
+from visionlora.text.scores import IGNORED, Result, Scores, checked, from_all
 from visionlora.text.spans import Candidate, best_answers, candidates
 
-__all__ = ["IGNORED", "AnswerScores", "ClassScores", "LanguageScores", "Result", "Scores", "TagScores", "ValueScores"]
-
-IGNORED = -100
-"""Label of a token that does not count, as transformers' collators write it."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a set of examples says about a model."""
-
-    count: int
-    """Texts; for TOKEN_CLS and the two language models tokens, for QUESTION_ANS questions."""
-    values: dict[str, float]
-
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers that are logged."""
-        return self.values
-
-
-class Scores(ABC):
-    """Running scores of one set of examples, reduced over all processes when computed (unless not `shared`)."""
-
-    def __init__(self, shared: bool) -> None:
-        self.shared = shared
-        self.count = 0
-
-    @abstractmethod
-    def update(self, logits: Tensor, batch: Mapping[str, Any]) -> None:
-        """Count a batch. Raises NonFiniteError for NaN or infinite predictions, which torchmetrics would score."""
-
-    @abstractmethod
-    def values(self) -> dict[str, float]:
-        """Return the scores so far."""
-
-    def compute(self) -> Result:
-        """Return the result so far. Raises DataError where nothing was counted."""
-        count = sum(_from_all([self.count])) if self.shared else self.count
-        if not count:
-            raise DataError("no example was scored; the set is empty or limit_*_batches is 0")
-        return Result(count, self.values())
+__all__ = ["AnswerScores", "ClassScores", "LanguageScores", "Result", "Scores", "TagScores", "ValueScores"]
 
 
 class ClassScores(Scores):
@@ -156,7 +114,7 @@ class TagScores(Scores):
         values = {"loss": float(self.loss.compute())} | {k: float(v) for k, v in self.metrics.compute().items()}
         entities = any(name[:2] in ("B-", "I-", "S-", "E-") for name in self.names)
         # a row may come in several windows, of several processes
-        tags = sorted(set(_from_all(self._tags) if self.shared else self._tags))
+        tags = sorted(set(from_all(self._tags) if self.shared else self._tags))
         return {**values, "f1": entity_f1(tags, self.names) if entities else values["token_f1"]}
 
 
@@ -190,7 +148,7 @@ class AnswerScores(Scores):
         return Result(int(result.values.pop("questions")), result.values)
 
     def values(self) -> dict[str, float]:
-        found = _from_all(self._found) if self.shared else self._found
+        found = from_all(self._found) if self.shared else self._found
         texts = best_answers(found, {k: e["context"] for k, e in self.examples.items()}, self.null_threshold)
         metric = SQuAD(sync_on_compute=False)
         for key, text in texts.items():
@@ -199,7 +157,7 @@ class AnswerScores(Scores):
             target = {"id": key, "answers": {"text": list(given), "answer_start": list(answers["answer_start"] or [0])}}
             metric.update([{"id": key, "prediction_text": text}], [target])
         scores = metric.compute()
-        losses, counts = (_from_all(v) if self.shared else v for v in (self._losses, [self.count]))
+        losses, counts = (from_all(v) if self.shared else v for v in (self._losses, [self.count]))
         loss = {"loss": sum(losses) / sum(counts)} if losses else {}
         em, f1 = float(scores["exact_match"]) / 100, float(scores["f1"]) / 100
         return {**loss, "em": em, "f1": f1, "questions": len(texts)}
@@ -228,19 +186,8 @@ class LanguageScores(Scores):
     def values(self) -> dict[str, float]:
         perplexity = self.perplexity.compute()
         values = {"loss": float(perplexity.log()), "ppl": float(perplexity)}
-        texts = _from_all(self._texts) if self.shared else self._texts
+        texts = from_all(self._texts) if self.shared else self._texts
         return values | (_closeness(texts) if texts else {})
-
-
-def checked(logits: Tensor) -> Tensor:
-    """Return predictions in float32. Raises NonFiniteError unless every one of them is a finite number."""
-    if not torch.isfinite(logits).all():
-        bad = (~torch.isfinite(logits).flatten(1).all(-1)).sum()
-        raise NonFiniteError(
-            f"{int(bad)} of {len(logits)} predictions of a batch are NaN or infinite; the weights are damaged, or the "
-            "precision is too low (try 32-true or bf16-mixed)"
-        )
-    return logits.float()
 
 
 def _closeness(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
@@ -257,12 +204,3 @@ def _word(batch: Mapping[str, Any], row: int, token: int) -> int:
     words = batch.get("word_ids")
     word = words[row][token] if words is not None else None
     return token if word is None else int(word)
-
-
-def _from_all(items: list[Any]) -> list[Any]:
-    """Return what all processes hold together."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return items
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]

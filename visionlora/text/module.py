@@ -21,13 +21,14 @@ from visionlora.registry import adapter_parameters
 from visionlora.text.columns import TaskType
 from visionlora.text.families import checkpoint_activations, create_backbone
 from visionlora.text.full import save_full
+from visionlora.text.inputs import Batch, check_labels, model_inputs
 from visionlora.text.labels import ProblemType
 from visionlora.text.loops import class_weight, examples_of, full_groups, planned_steps, see_data, seeded, set_names
 from visionlora.text.metrics import LanguageScores, Result, Scores
 from visionlora.text.modes import RATES, Mode, adapter_config, check_settings
 from visionlora.text.spans import Candidate, best_answers
 from visionlora.text.suits import check_data
-from visionlora.text.tasks import Batch, CausalLanguage, check_labels, model_inputs, task_of
+from visionlora.text.tasks import CausalLanguage, task_of
 from visionlora.text.writing import write
 from visionlora.training.ema import AdapterEMA
 from visionlora.training.optim import parameter_groups, warmup_cosine

@@ -14,7 +14,7 @@ from visionlora.errors import BaseMismatchError, StateError
 from visionlora.io import load_adapter, read_adapter
 from visionlora.io.base import check_base
 from visionlora.merging import base_state_dict
-from visionlora.text.loading import _built, _place, read_record
+from visionlora.text.loading import build_base, place_of, read_record
 
 __all__ = ["TaskModels"]
 
@@ -42,7 +42,7 @@ class TaskModels(nn.Module):
         name = read_adapter(directory).record["name"] if name is None else name
         if name in self.models:
             raise StateError(f"a task {name!r} is there already; give another name")
-        model = _built(directory, record, _place(directory, record, self.base))
+        model = build_base(directory, record, place_of(directory, record, self.base))
         check_base(model, record["base"])
         if len(self.models):
             _share(next(iter(self.models.values())), model, directory)

@@ -33,11 +33,11 @@ def check_data(net: nn.Module, settings: Any, trainer: Trainer) -> None:
 
 def _check_padding(net: nn.Module, tokenizer: Any) -> None:
     config: Any = net.config
-    if tokenizer.pad_token_id is not None and settable(config, tokenizer.pad_token_id):
+    if tokenizer.pad_token_id is not None and _is_settable(config, tokenizer.pad_token_id):
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def settable(config: Any, pad: int) -> bool:
+def _is_settable(config: Any, pad: int) -> bool:
     """Tell whether the model reads the padding number from its config: GPT-2 and Llama do, to find a text's end."""
     return config.pad_token_id != pad and not config.is_encoder_decoder
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionlora.text.tasks import Batch, CausalLanguage
+from visionlora.text.inputs import Batch
+from visionlora.text.tasks import CausalLanguage
 
 __all__ = ["write"]
 
