@@ -178,7 +178,7 @@ def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_data_set_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match="no-such-set is no file or folder here, and as a data set of the hub"):
+    with pytest.raises(DataError, match="no-such-set does not exist, and as a data set of the hub"):
         read_rows("no-such-set")
 
 

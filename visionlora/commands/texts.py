@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
 from visionlora.commands.answers import WriteAnswers
@@ -50,7 +50,7 @@ class TextCLI(AdapterCLI):
         super().add_arguments_to_parser(parser)
         parser.set_defaults({"checkpoint.monitor": AUTO})
 
-    def instantiate_trainer(self, **kwargs: object) -> object:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         checkpoint = self._get(self.config_init, "checkpoint")
         if isinstance(checkpoint, AdapterCheckpoint) and checkpoint.monitor == AUTO:
             checkpoint.monitor, checkpoint.mode = self.model.monitor

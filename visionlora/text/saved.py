@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visionlora.data.find import missing
 from visionlora.errors import DataError
 from visionlora.text.extras import need
 
@@ -44,7 +45,7 @@ def from_hub(name: str, subset: str | None = None) -> dict[str, Cells]:
     try:
         return _by_part(datasets.load_dataset(name, subset))
     except (OSError, ValueError, RuntimeError) as e:  # datasets' own errors derive from these, network ones too
-        raise DataError(f"{name} is no file or folder here, and as a data set of the hub: {_short(e)}") from None
+        raise DataError(f"{missing(name)}, and as a data set of the hub: {_short(e)}") from None
 
 
 def from_parquet(path: Path) -> list[dict[str, Any]]:
