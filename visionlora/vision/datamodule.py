@@ -6,16 +6,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sized
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch.utils.data import DataLoader, Sampler
 
-from visionlora.data.augment import build_augment, one_thread
+from visionlora.data.augment import build_augment
 from visionlora.data.classes import class_list
-from visionlora.data.dataset import ImageDataset, OnError, collate_images
+from visionlora.data.dataset import ImageDataset, OnError
 from visionlora.data.find import find_images
 from visionlora.data.folders import Layout, Sample, read_csv, read_tree
 from visionlora.data.parts import Division, Parts, divide
@@ -24,13 +23,11 @@ from visionlora.data.transforms import InputConfig, Preprocess, input_config
 from visionlora.errors import ConfigError, DataError
 from visionlora.training.sampler import ResumableSampler
 from visionlora.vision.backbone import data_config
+from visionlora.vision.loaders import image_loader
 
 __all__ = ["ImageFolderData"]
 
 logger = logging.getLogger(__name__)
-
-FEW = 200
-"""Images below which starting worker processes costs more than it saves."""
 
 
 class ImageFolderData(pl.LightningDataModule):
@@ -113,25 +110,19 @@ class ImageFolderData(pl.LightningDataModule):
         # a function is no plain data, and both modules have a seed, which loggers take for a contradiction
         code = ["train_sampler", *(["group_by"] if callable(group_by) else [])]
         self.save_hyperparameters(ignore=code, logger=False)
-        if root is not None and csv is not None:
-            raise ConfigError(f"give root or csv, not both: {root} and {csv}")
-        if batch_size < 1 or (num_workers or 0) < 0 or worker_timeout <= 0:
-            raise ConfigError("batch_size and worker_timeout must be above 0, num_workers at least 0")
+        _check(root, csv, batch_size, num_workers, worker_timeout)
         self.root, self.csv, self.layout, self.source_root = root, csv, layout, source_root
-        self.predict_source = predict_source
-        self.batch_size, self.num_workers, self.worker_timeout = batch_size, num_workers, worker_timeout
-        self.on_error, self.seed, self.train_sampler = on_error, seed, train_sampler
-        self._classes = list(classes) if classes is not None else None
+        self.predict_source, self._classes = predict_source, None if classes is None else list(classes)
         self._division = Division(
             train_domains, test_domains, source_domains, val_fraction, test_fraction, split_seed, group_by, shots
         )
-        args = model_args or {}
-        known = data_config(model_name, model_args=args) if model_name else {}
-        self.input_config: InputConfig = input_config(
-            known, image_size=image_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct,
-            crop_mode=crop_mode, in_chans=in_chans or args.get("in_chans", 3),
+        self.input_config = _input_of(
+            model_name, model_args or {}, in_chans, image_size=image_size, mean=mean, std=std,
+            interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode,
         )  # fmt: skip
-        self._augment = build_augment(augment)
+        self._augment, self.seed, self.train_sampler = build_augment(augment), seed, train_sampler
+        self.batch_size, self.num_workers, self.worker_timeout = batch_size, num_workers, worker_timeout
+        self.on_error: OnError = on_error
         self._datasets: dict[str, ImageDataset] = {}
 
     @property
@@ -234,23 +225,21 @@ class ImageFolderData(pl.LightningDataModule):
     def _resumable(self, data: Sized) -> Sampler[int]:
         return ResumableSampler(len(data), seed=self._seed(), keys="unrolled")
 
-    def _loader(
-        self,
-        data: ImageDataset,
-        *,
-        sampler: Sampler[int] | None = None,
-        drop_last: bool = False,
-        persistent: bool = False,
-    ) -> DataLoader[Any]:
-        workers = _default_workers(len(data)) if self.num_workers is None else self.num_workers
-        return DataLoader(
-            data, batch_size=self.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_images,
-            drop_last=drop_last,
-            pin_memory=torch.cuda.is_available(), timeout=self.worker_timeout if workers else 0,
-            worker_init_fn=one_thread, persistent_workers=persistent and workers > 0,
-        )  # fmt: skip
+    @property
+    def _loader(self) -> Callable[..., DataLoader[Any]]:
+        return partial(
+            image_loader, batch_size=self.batch_size, num_workers=self.num_workers, timeout=self.worker_timeout
+        )
 
 
-def _default_workers(images: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if images < FEW else max(0, min(4, cores - 1))
+def _check(root: str | None, csv: str | None, batch_size: int, num_workers: int | None, worker_timeout: float) -> None:
+    if root is not None and csv is not None:
+        raise ConfigError(f"give root or csv, not both: {root} and {csv}")
+    if batch_size < 1 or (num_workers or 0) < 0 or worker_timeout <= 0:
+        raise ConfigError("batch_size and worker_timeout must be above 0, num_workers at least 0")
+
+
+def _input_of(model_name: str | None, args: dict[str, Any], in_chans: int | None, **given: Any) -> InputConfig:
+    """Return the input of a backbone, where nothing else is given for a part of it."""
+    known = data_config(model_name, model_args=args) if model_name else {}
+    return input_config(known, in_chans=in_chans or args.get("in_chans", 3), **given)

@@ -1,0 +1,39 @@
+"""One DataLoader for every use of images: training, evaluation, statistics, prediction."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from visionlora.data.augment import one_thread
+from visionlora.data.dataset import ImageDataset, collate_images
+
+FEW = 200
+"""Images below which starting worker processes costs more than it saves."""
+
+
+def image_loader(
+    data: ImageDataset,
+    *,
+    batch_size: int,
+    num_workers: int | None,
+    timeout: float,
+    sampler: Sampler[int] | None = None,
+    drop_last: bool = False,
+    persistent: bool = False,
+) -> DataLoader[Any]:
+    """Return a loader; without num_workers as many processes decode as the machine and the set are good for."""
+    workers = _default_workers(len(data)) if num_workers is None else num_workers
+    return DataLoader(
+        data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_images,
+        drop_last=drop_last, pin_memory=torch.cuda.is_available(), timeout=timeout if workers else 0,
+        worker_init_fn=one_thread, persistent_workers=persistent and workers > 0,
+    )  # fmt: skip
+
+
+def _default_workers(images: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if images < FEW else max(0, min(4, cores - 1))
