@@ -132,6 +132,8 @@ def test_an_untied_model_gives_the_same_and_is_saved_whole(family: str, tmp_path
             untie(net)
         return
     untie(net)
+    other = create_backbone(folder, task)
+    assert other.lm_head.weight is other.get_input_embeddings().weight  # no other model changed
     assert torch.equal(net(**inputs).logits, before)
     embedding = {"gpt2": "transformer.wte", "t5": "shared"}[family]
     if family == "gpt2":

@@ -76,9 +76,9 @@ def untie(model: nn.Module) -> nn.Module:
     name = next(n for n, m in model.named_modules() if m is out)
     out.weight = nn.Parameter(out.weight.detach().clone(), requires_grad=out.weight.requires_grad)
     model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False  # type: ignore[union-attr, operator]
-    for table in (model.all_tied_weights_keys, model._tied_weights_keys):
-        if isinstance(table, dict):
-            table.pop(f"{name}.weight", None)  # what save_pretrained leaves out
+    for table in ("all_tied_weights_keys", "_tied_weights_keys"):  # what save_pretrained leaves out
+        kept = {key: source for key, source in (getattr(model, table) or {}).items() if key != f"{name}.weight"}
+        model.__dict__[table] = kept  # on this model: the class has one for all of its kind
     return model
 
 
