@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"adapt"},
     {"merging", "overview", "eva"},
-    {"io", "data", "compose"},
+    {"io", "data", "compose", "analysis"},
     {"training", "vision", "text"},
     {"report"},
     {"bench"},
