@@ -26,8 +26,8 @@ def choose(geometry: Geometry, rank: int, positions: int, device: str, dtype: to
     if forced is not None:
         return "merged" if frozen_A and forced == "projected" else forced
     harmonic = geometry.out * geometry.taps / (geometry.out + geometry.taps)
-    if harmonic < _narrow(device, dtype, rank) and not frozen_A:
-        return "projected"
+    if harmonic < _narrow(device, dtype, rank):  # one forward pass, trained or not: a loaded adapter gives equal bits
+        return "merged" if frozen_A else "projected"
     if device == "cpu" and not geometry.kernel:
         return "factorised"
     return "merged" if positions > 2 * harmonic else "factorised"
