@@ -23,6 +23,7 @@ from visionlora.bench.table import markdown
 from visionlora.bench.truth import Truth, WrongResult
 from visionlora.bench.verbs import imports, verbs
 from visionlora.bench.workload import Workload, image_workload
+from visionlora.core import orders
 from visionlora.errors import ConfigError, TargetError
 
 SETTINGS = Settings(batch=2, size=64, rank=2, rounds=1)
@@ -64,7 +65,23 @@ def test_a_fresh_model_gets_branches_with_an_effect() -> None:
     model = image_workload("test_resnet", SETTINGS).model
     norms = [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(weight.abs().min() > 0 for weight in norms)
-    assert not model.training
+    assert model.training
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_every_variant_is_in_train_mode_with_still_statistics() -> None:
+    workload = image_workload("test_resnet", SETTINGS)
+    for contestant in build(workload, SETTINGS)[0]:
+        assert contestant.model.training
+        before = {k: v.clone() for k, v in contestant.model.state_dict().items() if "running" in k or "tracked" in k}
+        contestant.loss(workload, SETTINGS)
+        assert before
+        assert all(torch.equal(contestant.model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_nothing_is_dropped() -> None:
+    workload = image_workload("swin_tiny_patch4_window7_224", replace(SETTINGS, batch=1))
+    assert torch.equal(workload.model(*workload.inputs), workload.model(*workload.inputs))
 
 
 def test_the_floor_trains_the_head_alone(vit: Workload) -> None:
@@ -151,15 +168,13 @@ def test_another_function_of_the_base_is_noticed(vit: Workload) -> None:
 
 
 def test_every_order_computes_the_same(vit: Workload) -> None:
-    pytest.importorskip("visionlora.core.orders")
     result = build(vit, replace(SETTINGS, variants=ORDERS))[1]
     assert result.errors.keys() == {*ORDERS}
     assert max(result.errors.values()) < 1e-4
 
 
 def test_the_orders_are_those_of_the_core() -> None:
-    core = pytest.importorskip("visionlora.core.orders")
-    assert core.ORDERS == ORDERS
+    assert orders.ORDERS == ORDERS
 
 
 @pytest.mark.parametrize(("name", "rank"), [("test_vit", 2), ("test_resnet", 2), ("ghostnet_050", 8)])

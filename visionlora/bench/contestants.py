@@ -15,6 +15,7 @@ from visionlora.bench.sentinel import start_gradients
 from visionlora.bench.settings import ORDERS, Settings
 from visionlora.bench.workload import Workload
 from visionlora.config import LoraConfig
+from visionlora.core.orders import forced
 from visionlora.errors import VisionLoRAError
 from visionlora.registry import adapted_layers, adapter_plan
 from visionlora.targets import head_layers
@@ -61,7 +62,7 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 def ours(workload: Workload, settings: Settings, name: str = "ours") -> Contestant:
     """Return the base with an adapter of this library; the name of an order forces that order."""
-    model = apply_lora(deepcopy(workload.model), lora_config(settings), name=NAME)
+    model = apply_lora(deepcopy(workload.model), lora_config(settings), name=NAME).train()  # norms stay frozen
     layers, plan = adapted_layers(model), adapter_plan(model, NAME)
     factors: dict[str, nn.Parameter] = {}
     for site in plan.sites:
@@ -98,8 +99,4 @@ def floor(workload: Workload, layers: Iterable[str]) -> Contestant:
 
 
 def _order(name: str) -> Callable[[], AbstractContextManager[object]]:
-    if name not in ORDERS:
-        return nullcontext
-    from visionlora.core.orders import forced
-
-    return lambda: forced(name)
+    return (lambda: forced(name)) if name in ORDERS else nullcontext

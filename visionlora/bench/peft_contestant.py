@@ -12,7 +12,7 @@ from torch import nn
 
 from visionlora.bench.contestants import Contestant, Skipped, lora_config
 from visionlora.bench.settings import Settings
-from visionlora.bench.workload import Workload
+from visionlora.bench.workload import Workload, steady
 from visionlora.targets import head_layers
 
 NAME = "default"
@@ -46,9 +46,10 @@ def _adapted(workload: Workload, settings: Settings, ranks: Mapping[str, int]) -
         modules_to_save=heads,
     )
     try:
-        model = get_peft_model(deepcopy(workload.model), config).eval()
+        model = get_peft_model(deepcopy(workload.model), config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as e:
         raise Skipped(f"PEFT cannot adapt this model: {' '.join(str(e).split())[:200]}") from None
+    steady(model)
     inner = model.base_model.model
     adapted = {name: m for name, m in inner.named_modules() if isinstance(m, LoraLayer)}
     if adapted.keys() != ranks.keys():

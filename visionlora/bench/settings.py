@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 from visionlora.config import did_you_mean
@@ -11,6 +10,7 @@ from visionlora.errors import ConfigError
 
 Order = Literal["factorised", "merged", "projected"]
 ORDERS: tuple[Order, ...] = get_args(Order)
+"""Those of core/orders.py, which imports torch."""
 BASIC = ("floor", "full", "linear", "ours", "peft")
 VARIANTS = (*BASIC, *ORDERS)
 
@@ -48,5 +48,3 @@ class Settings:
                 raise ConfigError(f"there is no variant {variant!r}{near}\nvariants: {', '.join(VARIANTS)}")
         if self.clock == "cpu" and self.device == "cpu" and self.threads > 1:
             raise ConfigError("the time a process spends adds up over its threads; use --clock wall with --threads")
-        if set(self.variants) & set(ORDERS) and find_spec("visionlora.core.orders") is None:
-            raise ConfigError("this version has one computation order; leave out " + ", ".join(ORDERS))

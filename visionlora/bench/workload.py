@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from visionlora.bench.settings import Settings
 from visionlora.errors import ConfigError
@@ -19,7 +22,7 @@ from visionlora.vision.backbone import create_backbone, data_config
 
 @dataclass(frozen=True)
 class Workload:
-    """A base model in eval mode, what it is called with, and the loss of its output."""
+    """A base model as a training step finds it (see steady), what it is called with, and the loss of its output."""
 
     name: str
     model: nn.Module
@@ -34,13 +37,26 @@ Factory = Callable[[str, Settings], Workload]
 def image_workload(name: str, settings: Settings) -> Workload:
     """Return a timm model with random weights, random images and labels. Raises ConfigError for an unknown name."""
     torch.manual_seed(settings.seed)
-    model = _backbone(name, settings.size).eval().to(settings.device)
+    model = steady(_backbone(name, settings.size)).to(settings.device)
     images = torch.randn(settings.batch, _channels(model), settings.size, settings.size, device=settings.device)
     if settings.channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     _waken(model, images)
-    labels = torch.randint(_outputs(model, images), (settings.batch,), device=settings.device)
+    labels = torch.randint(_classes(name, model, images), (settings.batch,), device=settings.device)
     return Workload(name, model, (images,), lambda logits: F.cross_entropy(logits, labels))
+
+
+def steady(model: nn.Module) -> nn.Module:
+    """Change a model in place: in train mode, but nothing is dropped and BatchNorm keeps its statistics. Return it."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, (DropPath, DropBlock2d)):
+            module.drop_prob = 0.0
+        elif isinstance(module, _BatchNorm):
+            module.eval()
+    return model
 
 
 def _backbone(name: str, size: int) -> nn.Module:
@@ -54,14 +70,11 @@ def _backbone(name: str, size: int) -> nn.Module:
 
 
 def _sized(name: str, size: int, num_classes: int | None = None) -> nn.Module:
-    args = {"img_size": size} if data_config(name)["input_size"][-1] != size else {}
-    try:
-        return create_backbone(name, pretrained=False, num_classes=num_classes, model_args=args)
-    except ConfigError:
-        if not args:
-            raise
-        # a model that takes images of any size has no img_size
-        return create_backbone(name, pretrained=False, num_classes=num_classes)
+    resized: dict[str, Any] = {"img_size": size} if data_config(name)["input_size"][-1] != size else {}
+    for args in ({**resized, "drop_rate": 0.0}, {"drop_rate": 0.0}, resized):
+        with suppress(ConfigError):  # a model that takes images of any size has no img_size
+            return create_backbone(name, pretrained=False, num_classes=num_classes, model_args=args)
+    return create_backbone(name, pretrained=False, num_classes=num_classes)
 
 
 def _channels(model: nn.Module) -> int:
@@ -69,8 +82,13 @@ def _channels(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor) -> int:
-    return int(model(images[:1]).shape[-1])
+def _classes(name: str, model: nn.Module, images: Tensor) -> int:
+    first, again = model(images), model(images)
+    if not isinstance(first, Tensor):
+        raise ConfigError(f"{name} gives {type(first).__name__} in training, expected the scores of classes")
+    if not torch.equal(first, again):
+        raise ConfigError(f"{name} draws random numbers in training, so that two variants cannot be compared")
+    return int(first.shape[-1])
 
 
 @torch.no_grad()
