@@ -133,6 +133,13 @@ def test_double_backward_is_refused() -> None:
         dx.sum().backward()
 
 
+class Gate(nn.Module):
+    """Squeeze and excite in its smallest form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean(1, keepdim=True).sigmoid()
+
+
 BEHIND = {
     "layer norm": lambda: nn.LayerNorm(8),
     "layer norm without shift": lambda: nn.LayerNorm(8, bias=False),
@@ -142,6 +149,9 @@ BEHIND = {
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
     "mish": nn.Mish,
+    "relu6": nn.ReLU6,
+    "leaky relu": lambda: nn.LeakyReLU(0.2),
+    "gate": Gate,
 }
 
 

@@ -111,8 +111,9 @@ class _Sketch:
         shift = torch.finfo(moment.dtype).eps * moment.norm(dim=(1, 2), keepdim=True).clamp_min(1e-300)
         moment = moment + shift * test
         core = moment @ test.mT
-        lower = torch.linalg.cholesky((core + core.mT) / 2)
-        root = torch.linalg.solve_triangular(lower, moment, upper=False)
+        # inputs may span fewer directions than the sketch has rows: no Cholesky factor, but eigenvalues of zero
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        root = (vectors * values.clamp_min(shift.squeeze(-1)).rsqrt().unsqueeze(-2)).mT @ moment
         _, S, V = torch.linalg.svd(root, full_matrices=False)
         return (S.square() - shift.squeeze(-1)).clamp_min(0), V
 

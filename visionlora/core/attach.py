@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +13,6 @@ from visionlora.core.delta import Change, Delta
 from visionlora.core.fast import adapted_output
 from visionlora.core.geometry import materialisable, own_output, widened
 from visionlora.errors import StateError
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # torch built without distributed support
-    DTensor = None  # type: ignore[assignment, misc]
 
 
 class Adapted(nn.Module):
@@ -48,7 +44,7 @@ class Adapted(nn.Module):
         changes = self.active_changes(attribute)
         if base is None or not changes:
             return base
-        if DTensor is not None and isinstance(base, DTensor):
+        if is_sharded(base):
             return self._sharded(attribute, base, changes)
         wide = widened(base)
         total = wide
@@ -132,9 +128,16 @@ class Branched(Adapted):
         return stored if hidden else self.effective(attribute)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether the tensor is spread over processes (a DTensor)."""
+    # to import torch.distributed.tensor costs more than torch itself; a DTensor exists only where somebody did
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor sharded over processes in one piece (all of them must ask), any other as it is."""
-    return tensor.full_tensor() if DTensor is not None and isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 STATE = ("adapters", "active", "running", "mixin", "followed")

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from visionlora.core.delta import Change, Delta
 from visionlora.core.geometry import Geometry, materialisable, widened
-from visionlora.core.maps import Op, compute_dtype
+from visionlora.core.maps import Op, autocast_dtype, compute_dtype
 from visionlora.core.ops import ComputedOp, FrozenOp, LowRankOp, low_rank
 from visionlora.core.orders import choose
 
@@ -128,7 +128,7 @@ def _factors(deltas: list[tuple[Delta, float]]) -> tuple[Tensor, Tensor, float] 
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    return materialisable(weight) and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+    return materialisable(weight) and (x.dtype == weight.dtype or autocast_dtype(x.device.type) is not None)
 
 
 def _op_and_input(layer: nn.Module, x: Tensor) -> tuple[Op | None, Tensor]:

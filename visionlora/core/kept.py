@@ -35,9 +35,11 @@ def keep(x: Tensor, dtype: torch.dtype) -> Kept:
     source = _SOURCES.get(node.name()) if node is not None else None
     if source is not None and not _moved_elsewhere():
         try:
-            return source(node)
+            found = source(node)
         except RuntimeError:  # what the node saved was changed in place since: its own backward pass will say so
-            pass
+            found = None
+        if found is not None:
+            return found
     return Kept((x.to(dtype),), _itself)
 
 
@@ -62,16 +64,34 @@ def _gelu(node: Any) -> Kept:
     return Kept((node._saved_self,), lambda x: F.gelu(x, approximate=approximate))
 
 
+def _hardtanh(node: Any) -> Kept:
+    low, high = node._saved_min_val, node._saved_max_val
+    return Kept((node._saved_self,), lambda x: F.hardtanh(x, low, high))
+
+
+def _leaky_relu(node: Any) -> Kept:
+    slope = node._saved_negative_slope
+    return Kept((node._saved_self,), lambda x: F.leaky_relu(x, slope))
+
+
+def _product(node: Any) -> Kept | None:
+    factors = (node._saved_self, node._saved_other)  # each kept only if the other one has a gradient
+    return None if factors[0] is None or factors[1] is None else Kept(factors, torch.mul)
+
+
 def _pointwise(function: Again) -> Callable[[Any], Kept]:
     return lambda node: Kept((node._saved_self,), function)
 
 
-_SOURCES: dict[str, Callable[[Any], Kept]] = {
+_SOURCES: dict[str, Callable[[Any], Kept | None]] = {
     "NativeLayerNormBackward0": _layer_norm,
     "GeluBackward0": _gelu,
     "SiluBackward0": _pointwise(F.silu),
     "HardswishBackward0": _pointwise(F.hardswish),
     "MishBackward0": _pointwise(F.mish),
+    "HardtanhBackward0": _hardtanh,
+    "LeakyReluBackward0": _leaky_relu,
+    "MulBackward0": _product,
 }
 
 

@@ -45,20 +45,31 @@ class Like(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
-    channels_last: bool
+    last: bool
+    """In memory, channels come after positions."""
 
     @classmethod
     def of(cls, x: Tensor) -> Like:
-        return cls(x.shape, x.dtype, _channels_last(x))
+        return cls(x.shape, x.dtype, channels_last(x))
 
     def stand_in(self, g: Tensor) -> Tensor:
         """Return a tensor that looks alike and holds no values."""
-        if self.channels_last:  # convolution_backward takes the format of its result from x
-            return g.new_empty(self.shape).contiguous(memory_format=torch.channels_last)
+        if self.last:  # convolution_backward takes the format of its result from x
+            return torch.empty(self.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
         return g.new_empty(1).expand(self.shape)
 
     def formatted(self, t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last) if self.channels_last else t.contiguous()
+        return t.contiguous(memory_format=torch.channels_last) if self.last else t.contiguous()
+
+
+def matrix(t: Tensor, groups: int, last: bool) -> Tensor:
+    """Return a weight or a thin factor (rows, in, *kernel) as (groups, rows of one, taps), in its order in memory."""
+    return (t.movedim(1, -1) if last else t).reshape(groups, t.shape[0] // groups, -1)
+
+
+def tensor(m: Tensor, shape: torch.Size, last: bool) -> Tensor:
+    """Return such a matrix in the shape it had."""
+    return m.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else m.view(shape)
 
 
 def gained(t: Tensor, gain: Tensor | None) -> Tensor:
@@ -82,7 +93,7 @@ def down(g: Tensor, B: Tensor, scale: float, op: Op) -> Tensor:
     B = B * scale
     if not op.dims:
         return g @ B
-    if _channels_last(g):
+    if channels_last(g):
         return (g.movedim(1, -1) @ B).movedim(-1, 1)
     return torch.matmul(B.t(), g.flatten(2)).view(len(g), -1, *g.shape[2:])
 
@@ -98,7 +109,7 @@ def _rows(op: Op, *tensors: Tensor) -> list[Tensor] | None:
     """Return the tensors as (positions, channels) views, or None where channels come before positions in memory."""
     if not op.dims:
         return [t.reshape(-1, t.shape[-1]) for t in tensors]
-    if not _channels_last(tensors[0]):
+    if not channels_last(tensors[0]):
         return None
     return [t.movedim(1, -1).reshape(-1, t.shape[1]) for t in tensors]
 
@@ -107,7 +118,7 @@ def sum_channels(g: Tensor, op: Op) -> Tensor:
     return g.flatten(0, -2).sum(0) if not op.dims else g.transpose(0, 1).flatten(1).sum(1)
 
 
-def _channels_last(x: Tensor) -> bool:
+def channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -116,7 +127,13 @@ def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    """Return the type that x is used in: autocast's where it is on."""
+    wanted = autocast_dtype(x.device.type)
+    return x.dtype if wanted is None or x.dtype == torch.float64 else wanted
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return the type that autocast computes in on this kind of device, or None where it is off or unknown."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return None

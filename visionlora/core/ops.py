@@ -20,7 +20,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visionlora.core.kept import keep
-from visionlora.core.maps import Like, Op, add_up, cast, column, compute_dtype, down, gained, outer, sum_channels
+from visionlora.core.maps import (
+    Like,
+    Op,
+    add_up,
+    cast,
+    channels_last,
+    column,
+    compute_dtype,
+    down,
+    gained,
+    matrix,
+    outer,
+    sum_channels,
+    tensor,
+)
 from visionlora.core.orders import Order
 
 _Grads = tuple[Tensor | None, ...]
@@ -178,14 +192,16 @@ def _thin_grad_input(
 def _merged(weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, scale: float, op: Op) -> Tensor:
     wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
     groups = op.groups if op.dims else 1
-    up = B.view(groups, -1, B.shape[1]).to(wide.dtype)
-    thin = A.view(groups, B.shape[1], -1).to(wide.dtype)
-    total = torch.baddbmm(wide.reshape(groups, up.shape[1], -1), up, thin, alpha=scale).view(weight.shape)
+    last = channels_last(weight)
+    up = B.reshape(groups, -1, B.shape[1]).to(wide.dtype)
+    thin = matrix(A, groups, last).to(wide.dtype)
+    total = tensor(torch.baddbmm(matrix(wide, groups, last), up, thin, alpha=scale), weight.shape, last)
     return total if gain is None else total.mul_(column(gain, total))
 
 
 def _project(dW: Tensor, A: Tensor, B: Tensor, scale: float, op: Op) -> tuple[Tensor, Tensor]:
     groups = op.groups if op.dims else 1
-    dense, up = dW.reshape(groups, B.shape[0] // groups, -1), B.view(groups, -1, B.shape[1])
-    thin = A.view(groups, B.shape[1], -1)
-    return torch.bmm(up.mT, dense).mul_(scale).view_as(A), torch.bmm(dense, thin.mT).mul_(scale).view_as(B)
+    last = channels_last(dW)
+    dense, up, thin = matrix(dW, groups, last), B.reshape(groups, -1, B.shape[1]), matrix(A, groups, last)
+    dA = tensor(torch.bmm(up.mT, dense).mul_(scale), A.shape, last)
+    return dA, torch.bmm(dense, thin.mT).mul_(scale).view(B.shape)
