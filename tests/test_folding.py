@@ -20,6 +20,13 @@ def folded(model: nn.Module) -> int:
     return sum(bool(getattr(layer, "followed", ())) for layer in model.modules())
 
 
+def trained_once(model: nn.Module, size: int = 32) -> nn.Module:
+    """Return the model after a first training pass, which finds the norms to fold."""
+    first = next(model.parameters())
+    model.train()(torch.randn(2, 3, size, size, dtype=first.dtype))
+    return model
+
+
 def stirred(model: nn.Module) -> nn.Module:
     """Return the model with norms and adapters that are far from doing nothing, in float64."""
     for layer in model.modules():
@@ -51,8 +58,9 @@ def unfolded(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "mobilenetv3_small_050"])
 def test_training_with_folded_norms_is_training_without(name: str, variant: str, norm: str) -> None:
     model = timm.create_model(name, num_classes=4, drop_path_rate=0.0, drop_rate=0.0)
-    model = stirred(vl.apply_lora(model, vl.LoraConfig(r=2, variant=variant, norm=norm))).train()  # type: ignore[arg-type]
+    model = stirred(vl.apply_lora(model, vl.LoraConfig(r=2, variant=variant, norm=norm)))  # type: ignore[arg-type]
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    trained_once(model)
     assert folded(model) > 5
     assert_close(model(x), unfolded(model)(x), rtol=1e-10, atol=1e-10)
     truth = gradients(unfolded(model), x)
@@ -64,7 +72,7 @@ def test_no_bit_changes_outside_training() -> None:
     base = timm.create_model("resnet10t", num_classes=4).eval()
     x, y = torch.randn(2, 3, 32, 32), None
     y = base(x)
-    model = vl.apply_lora(base, vl.LoraConfig(r=2))
+    model = trained_once(vl.apply_lora(base, vl.LoraConfig(r=2))).eval()
     assert folded(model)
     assert torch.equal(model(x), y)
 
@@ -110,14 +118,48 @@ def test_a_convolution_that_others_read_is_left_alone(way: Callable[[nn.Module, 
 
 def test_any_model_is_folded_with_an_example() -> None:
     model = vl.apply_lora(Two(lambda net, x: net.norm(net.conv(x))), vl.LoraConfig(r=2, target_modules=["conv"]))
-    assert folded(model) == 0  # no timm settings that tell an input size
+    assert folded(model) == 0
     assert fold_norms(model, torch.randn(1, 3, 8, 8)) == 1
     assert model.training
     assert model.conv.followed == (model.norm,)
 
 
+@pytest.mark.parametrize("way", [read_twice, changed_between, normed_twice, called_twice, also_returned])
+def test_a_training_pass_leaves_it_alone_too(way: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model = trained_once(vl.apply_lora(Two(way), vl.LoraConfig(r=2, target_modules=["conv"])), 8)
+    assert folded(model) == 0
+
+
+def test_the_first_training_pass_finds_the_norms() -> None:
+    model = vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    model(x)
+    assert folded(model) == 0
+    with torch.no_grad():
+        model.train()(x)
+    assert folded(model) == 0
+    model(x)
+    assert folded(model) > 5
+    assert not model._forward_pre_hooks
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_a_first_training_pass_that_fails_leaves_no_watcher_behind() -> None:
+    model = vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2)).train()
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(2, 5, 32, 32))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert folded(model) == 0
+
+
+def test_a_base_that_is_given_back_keeps_no_hook() -> None:
+    model = vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))
+    vl.remove(model)
+    assert not model._forward_pre_hooks
+
+
 def test_a_hook_on_the_convolution_sees_its_own_output() -> None:
-    model = stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))).train()
+    model = trained_once(stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))))
     x, seen = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
     layer = model.layer1[0].conv1
     layer.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
@@ -127,7 +169,7 @@ def test_a_hook_on_the_convolution_sees_its_own_output() -> None:
 
 
 def test_a_folded_model_is_copied_pickled_merged_and_stripped() -> None:
-    model = stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))).train()
+    model = trained_once(stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))))
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     y, count = model(x).detach(), folded(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -141,7 +183,8 @@ def test_a_folded_model_is_copied_pickled_merged_and_stripped() -> None:
 
 
 def test_a_norm_that_is_trained_is_not_folded() -> None:
-    model = stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2, norm="affine"))).train()
+    model = stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2, norm="affine")))
+    trained_once(model)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     truth = gradients(unfolded(model), x)
     for key, grad in gradients(model, x).items():

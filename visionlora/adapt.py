@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visionlora.config import LoraConfig
 from visionlora.core.attach import attach, detach, set_active
 from visionlora.core.delta import Value
-from visionlora.core.folding import fold_norms
+from visionlora.core.folding import fold_when_trained, forget_folding
 from visionlora.core.norms import STATISTICS
 from visionlora.errors import InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
@@ -40,7 +40,7 @@ def apply_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str 
     plan = make_plan(model, config or LoraConfig())
     put_on(model, name, plan, build(model, plan), trainable=True)
     activate(model, name)
-    fold_norms(model)
+    fold_when_trained(model)
     return model
 
 
@@ -73,6 +73,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
         for book in (registry.plans, registry.trainable, registry.active):
             book.pop(gone, None)
     if not registry.plans:
+        forget_folding(model)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(registry.grads.get(parameter_name, parameter.requires_grad))
         del model._visionlora

@@ -17,62 +17,90 @@ _Calls = dict[Any, list[tuple[Tensor, Any]]]
 """Layer -> the tensor of each call, and the node that had made it at that moment."""
 
 
-def fold_norms(model: nn.Module, example: Tensor | None = None) -> int:
+def fold_when_trained(model: nn.Module) -> None:
+    """Change the model in place: its next training pass finds the norms to fold (see fold_norms)."""
+    if _before_training not in model._forward_pre_hooks.values() and all(_layers(model)):
+        model.register_forward_pre_hook(_before_training)
+
+
+def fold_norms(model: nn.Module, example: Tensor) -> int:
     """Change the model in place: let training fold every such norm into the convolution before it; return their number.
 
     One forward pass on the example, in eval mode with gradients recorded, shows which tensor a norm reads; autograd's
-    graph of that pass shows that nothing else reads it. Without an example, zeros of the size a timm model names are
-    taken (apply_lora does so). It changes what a training step costs; in eval mode no bit of the output changes.
+    graph of that pass shows that nothing else reads it. A model with fresh adapters does the same in its first training
+    pass. It changes what a training step costs; in eval mode no bit of the output changes.
     """
-    convs = {
-        n: m for n, m in model.named_modules() if isinstance(m, Branched) and isinstance(m, nn.modules.conv._ConvNd)
-    }
-    norms = [m for m in model.modules() if isinstance(m, FrozenNorm)]
-    for conv in convs.values():
+    forget_folding(model)
+    with _eval(model), torch.enable_grad():
+        watch = _Watch(model)
+        try:
+            return watch.fold(model(example))
+        finally:
+            watch.stop()
+
+
+def forget_folding(model: nn.Module) -> None:
+    """Change the model in place: no norm is folded, and none will be."""
+    for conv in _layers(model)[0]:
         conv.followed = ()
-    example = _small_input(model) if example is None and convs and norms else example
-    if not convs or not norms or example is None:
-        return 0
-    with _eval(model), torch.enable_grad(), _watched(convs.values(), norms) as (made, read):
-        outputs = model(example)
-        uses = _uses(outputs)
-        found = [
-            (conv, norm)
-            for norm, calls in read.items()
-            if len(calls) == 1
-            for conv, outs in made.items()
-            if len(outs) == 1 and calls[0][0] is outs[0][0] and _alone(calls[0][1], outs[0][1], uses)
-        ]
-    for conv, norm in found:
-        conv.followed = (norm,)
-    return len(found)
+    _drop(model._forward_pre_hooks, _before_training)
 
 
-def _small_input(model: nn.Module) -> Tensor | None:
-    settings = getattr(model, "pretrained_cfg", None)
-    first = next(model.parameters())
-    if not settings or "input_size" not in settings or first.is_meta or not first.is_floating_point():
-        return None
-    channels, *size = settings["input_size"]
-    size = size if settings.get("fixed_input_size") else [max(64, side // 4) for side in size]
-    return torch.zeros(1, channels, *size, dtype=first.dtype, device=first.device)
+def _before_training(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    _drop(model._forward_pre_hooks, _before_training)
+    watch = _Watch(model)
+
+    def finish(_: nn.Module, __: Any, outputs: Any) -> None:  # outputs is None where the pass raised
+        watch.stop()
+        last.remove()
+        watch.fold(outputs)
+
+    last = model.register_forward_hook(finish, always_call=True)
 
 
-@contextmanager
-def _watched(convs: Any, norms: Any) -> Iterator[tuple[_Calls, _Calls]]:
-    made: _Calls = {}
-    read: _Calls = {}
-    hooks = [
-        c.register_forward_hook(lambda m, _, out: made.setdefault(m, []).append((out, out.grad_fn))) for c in convs
-    ]
-    hooks += [
-        n.register_forward_pre_hook(lambda m, x: read.setdefault(m, []).append((x[0], x[0].grad_fn))) for n in norms
-    ]
-    try:
-        yield made, read
-    finally:
-        for hook in hooks:
+def _drop(hooks: dict[int, Any], hook: Any) -> None:
+    for key in [key for key, found in hooks.items() if found is hook]:
+        del hooks[key]
+
+
+def _layers(model: nn.Module) -> tuple[list[Branched], list[FrozenNorm]]:
+    convs = [m for m in model.modules() if isinstance(m, Branched) and isinstance(m, nn.modules.conv._ConvNd)]
+    return convs, [m for m in model.modules() if isinstance(m, FrozenNorm)]
+
+
+class _Watch:
+    """What the convolutions made and the norms read in one forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.made: _Calls = {}
+        self.read: _Calls = {}
+        convs, norms = _layers(model)
+        self.hooks = [conv.register_forward_hook(self._after) for conv in convs]
+        self.hooks += [norm.register_forward_pre_hook(self._before) for norm in norms]
+
+    def _after(self, conv: nn.Module, _: Any, out: Tensor) -> None:
+        self.made.setdefault(conv, []).append((out, out.grad_fn))
+
+    def _before(self, norm: nn.Module, args: tuple[Tensor]) -> None:
+        self.read.setdefault(norm, []).append((args[0], args[0].grad_fn))
+
+    def stop(self) -> None:
+        for hook in self.hooks:
             hook.remove()
+
+    def fold(self, outputs: Any) -> int:
+        """Let every norm that alone reads a convolution be folded into it; return their number."""
+        uses = _uses(outputs)
+        once = {id(calls[0][0]): (conv, calls[0][1]) for conv, calls in self.made.items() if len(calls) == 1}
+        folded = 0
+        for norm, calls in self.read.items():
+            conv, made = once.get(id(calls[0][0]), (None, None)) if len(calls) == 1 else (None, None)
+            if conv is not None and _alone(calls[0][1], made, uses):
+                conv.followed = (norm,)
+                folded += 1
+        return folded
 
 
 def _uses(outputs: Any) -> Counter[Any]:
