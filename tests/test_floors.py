@@ -18,12 +18,12 @@ FLOORS: list[set[str]] = [
     {"core.geometry", "core.thin", "core.delta", "core.kept", "core.orders", "core.maps", "core.ops", "core.fast"},
     {"core.attach"},
     {"core.norms", "variants"},
-    {"core.folding"},
+    {"core.folding", "core.bank"},
     {"targets"},
     {"plan"},
     {"registry"},
     {"adapt"},
-    {"merging", "overview", "eva"},
+    {"merging", "overview", "eva", "routing"},
     {"io", "data", "compose", "analysis"},
     {"training", "vision", "text"},
     {"report"},
@@ -45,6 +45,7 @@ LIGHT = {
     "merging",
     "overview",
     "eva",
+    "routing",
 }
 
 

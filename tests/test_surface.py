@@ -10,7 +10,7 @@ NAMES = {
     *("LoraConfig", "apply_lora", "remove", "activate", "deactivate", "disabled", "merge", "unmerge", "summary"),
     *("adapter_names", "active_adapters", "adapter_parameters", "check_gradients", "estimate_statistics"),
     *("base_state_dict", "fingerprint", "save_adapter", "load_adapter", "read_adapter", "load_model"),
-    *("combine", "sweep", "fit_to_data", "allocate_ranks"),
+    *("combine", "sweep", "fit_to_data", "allocate_ranks", "route"),
 }
 
 

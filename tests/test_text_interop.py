@@ -132,6 +132,31 @@ def test_one_backbone_serves_several_tasks(family: str, tmp_path: Path) -> None:
     assert not own
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "gpt2"])
+def test_tasks_are_mixed_in_one_batch(family: str, tmp_path: Path) -> None:
+    base, modules = encoder_runs(tmp_path, family)
+    tasks, calls = TaskModels(base=base), list[int]()
+    names = ["SEQ_CLS", "TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS"]
+    for name in modules:
+        tasks.add(tmp_path / name)
+    ids = torch.randint(10, 60, (len(names), 7))
+    mask = torch.ones_like(ids)
+    mask[2, 5:] = 0
+    hook = tasks.task("SEQ_CLS").base_model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        mixed = tasks.mixed(names, input_ids=ids, attention_mask=mask)
+    hook.remove()
+    assert len(calls) == 1  # the backbone ran once
+    for name in dict.fromkeys(names):
+        rows = [row for row, own in enumerate(names) if own == name]
+        with torch.no_grad():
+            alone = tasks(name, input_ids=ids[rows], attention_mask=mask[rows])
+        task = modules[name].task
+        assert_close(task.logits(mixed[name]), task.logits(alone), atol=1e-5, rtol=1e-4)
+    with pytest.raises(StateError, match="1 tasks are named, one a sample"):
+        tasks.mixed(["SEQ_CLS"], input_ids=ids, attention_mask=mask)
+
+
 def test_a_task_of_another_backbone_is_refused(tmp_path: Path) -> None:
     base, _ = encoder_runs(tmp_path / "one", "bert")
     other = hub(tmp_path / "other", "bert", seed=1)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from visionlora.registry import active_adapters as active_adapters
     from visionlora.registry import adapter_names as adapter_names
     from visionlora.registry import adapter_parameters as adapter_parameters
+    from visionlora.routing import route as route
     from visionlora.vision.loading import load_model as load_model
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _WHERE = {
     "visionlora.io": ("load_adapter", "read_adapter", "save_adapter"),
     "visionlora.merging": ("base_state_dict", "fingerprint", "merge", "unmerge"),
     "visionlora.overview": ("summary",),
+    "visionlora.routing": ("route",),
     "visionlora.vision.loading": ("load_model",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

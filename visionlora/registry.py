@@ -27,10 +27,12 @@ class Registry:
     active: dict[str, float] = field(default_factory=dict)
     merged: list[Any] | None = None
     """What unmerge puts back; None while nothing is merged."""
+    routed: bool = False
+    """A batch is being routed: nothing may change before its with block ends."""
 
 
 def registry_of(model: nn.Module) -> Registry:
-    """Return the model's adapter registry. Raises StateError where there is none, or while the adapters are merged."""
+    """Return the model's adapter registry. Raises StateError: there is none, it is merged, a batch is being routed."""
     registry: Registry | None = model.__dict__.get("_visionlora")
     if registry is None:
         inside = [n for n, m in model.named_modules() if "_visionlora" in m.__dict__]
@@ -38,6 +40,8 @@ def registry_of(model: nn.Module) -> Registry:
         raise StateError(f"{type(model).__name__} has no adapters{hint}")
     if registry.merged is not None:
         raise StateError("the adapters are merged into the weights; call unmerge first")
+    if registry.routed:
+        raise StateError("a batch is being routed; leave the with block of route first")
     return registry
 
 

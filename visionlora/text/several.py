@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.adapt import activate
 from visionlora.config import did_you_mean
@@ -14,6 +16,8 @@ from visionlora.errors import BaseMismatchError, StateError
 from visionlora.io import load_adapter, read_adapter
 from visionlora.io.base import check_base
 from visionlora.merging import base_state_dict
+from visionlora.routing import route_all
+from visionlora.text.extras import need
 from visionlora.text.loading import build_base, place_of, read_record
 
 __all__ = ["TaskModels"]
@@ -25,6 +29,7 @@ class TaskModels(nn.Module):
     >>> tasks = TaskModels(base="bert-base-uncased")  # doctest: +SKIP
     >>> tasks.add("adapters/sentiment"); tasks.add("adapters/names", name="ner")  # doctest: +SKIP
     >>> tasks("ner", input_ids=ids, attention_mask=mask).logits  # doctest: +SKIP
+    >>> tasks.mixed(["ner", "sentiment", "ner"], input_ids=ids)["ner"].logits  # two rows  # doctest: +SKIP
     """
 
     def __init__(self, *, base: str | Path | None = None) -> None:
@@ -55,12 +60,55 @@ class TaskModels(nn.Module):
         """Return what the model of a task gives, with its own adapter and head."""
         return self.task(name)(**inputs)
 
+    def mixed(self, names: Sequence[str], **inputs: Tensor) -> dict[str, Any]:
+        """Return what each task gives for its samples of a batch, in their order; names tells the task of each sample.
+
+        The batch goes through the backbone once, each sample with its task's adapter; then every head reads its own.
+        """
+        models = {name: self.task(name) for name in dict.fromkeys(names)}
+        shapes = {key: tuple(t.shape) for key, t in inputs.items()}
+        if not names or any(shape[0] != len(names) for shape in shapes.values()):
+            raise StateError(f"{len(names)} tasks are named, one a sample; the inputs have the shapes {shapes}")
+        first = next(iter(models.values()))
+        if first.config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise StateError(
+                "tasks are mixed in models that read a text once, not in encoder-decoders; call one a batch"
+            )
+        with route_all(list(models.values()), names):
+            features = first.base_model(**inputs).last_hidden_state  # type: ignore[operator, union-attr]
+        rows = {name: [row for row, own in enumerate(names) if own == name] for name in models}
+        return {
+            name: _headed(model, features[rows[name]], {key: t[rows[name]] for key, t in inputs.items()})
+            for name, model in models.items()
+        }
+
     def task(self, name: str) -> nn.Module:
         """Return the model of a task, its adapter active: the others' are off until they are asked for."""
         if name not in self.models:
             known = list(self.models)
             raise StateError(f"no task {name!r}{did_you_mean(name, known)}; there are {', '.join(known) or 'none'}")
         return activate(self.models[name], name)
+
+
+class _Given(nn.Module):
+    """Stands in for a backbone whose output is known."""
+
+    def __init__(self, backbone: nn.Module, features: Tensor) -> None:
+        super().__init__()
+        self.pooler: nn.Module | None = getattr(backbone, "pooler", None)
+        self.features = features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pooled = self.pooler(self.features) if self.pooler is not None else None
+        kind = need("transformers.modeling_outputs").BaseModelOutputWithPoolingAndCrossAttentions
+        return kind(last_hidden_state=self.features, pooler_output=pooled)
+
+
+def _headed(model: nn.Module, features: Tensor, inputs: dict[str, Tensor]) -> Any:
+    """Return what a model makes of the output of its backbone; the model is left as it is."""
+    view, prefix = copy(model), model.base_model_prefix
+    view._modules = {**model._modules, prefix: _Given(model.base_model, features)}  # type: ignore[dict-item, arg-type]
+    return view(**inputs)
 
 
 def _share(first: nn.Module, model: nn.Module, directory: Path) -> None:
