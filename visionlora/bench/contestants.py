@@ -80,11 +80,13 @@ def full(workload: Workload) -> Contestant:
 
 
 def linear(workload: Workload) -> Contestant:
-    """Return the base with its head trained: a linear probe, forward pass alone but for the head."""
-    model = deepcopy(workload.model).requires_grad_(False)
-    for head in head_layers(model):
-        model.get_submodule(head).requires_grad_(True)
-    return Contestant("linear", model)
+    """Return the base with its head trained: a linear probe, forward pass alone but for the head.
+
+    Raises Skipped for a language model, whose scores of tokens are no head.
+    """
+    if not head_layers(workload.model):
+        raise Skipped("the model has no head of its own to train")
+    return Contestant("linear", _with_head(workload))
 
 
 def floor(workload: Workload, layers: Iterable[str]) -> Contestant:
@@ -93,9 +95,16 @@ def floor(workload: Workload, layers: Iterable[str]) -> Contestant:
     The forward pass, the gradients of activations down to the first adapted layer, a trained head, no gradient of any
     other weight.
     """
-    probe = linear(workload)
-    start_gradients(probe.model, layers, workload.inputs)
-    return Contestant("floor", probe.model)
+    model = _with_head(workload)
+    start_gradients(model, layers, workload.inputs)
+    return Contestant("floor", model)
+
+
+def _with_head(workload: Workload) -> nn.Module:
+    model = deepcopy(workload.model).requires_grad_(False)
+    for head in head_layers(model):
+        model.get_submodule(head).requires_grad_(True)
+    return model
 
 
 def _order(name: str) -> Callable[[], AbstractContextManager[object]]:

@@ -21,7 +21,7 @@ class Settings:
 
     batch: int = 8
     size: int = 224
-    """Pixels a side, for models that see images."""
+    """Pixels a side of an image, or tokens of a text."""
     rank: int = 8
     rounds: int = 7
     variants: tuple[str, ...] = BASIC

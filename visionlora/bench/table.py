@@ -38,9 +38,9 @@ def _setting(record: Mapping[str, Any]) -> str:
     turns = f"{s['rounds']} rounds of {s['steps']} step{'s' if s['steps'] > 1 else ''}"
     loads = " and ".join(f"{value[0]:g}" for value in record["load"].values() if value)
     return (
-        f"{where}; {', '.join(f'{name} {number}' for name, number in v.items())}. Batch {s['batch']}, {s['size']} px, "
-        f"rank {s['rank']}, {s['dtype']}, {layout}{', compiled' if s['compile'] else ''}; {clock}, {turns}; "
-        f"load before and after: {loads or 'unknown'}."
+        f"{where}; {', '.join(f'{name} {number}' for name, number in v.items())}. Batch {s['batch']}, "
+        f"size {s['size']}, rank {s['rank']}, {s['dtype']}, {layout}{', compiled' if s['compile'] else ''}; "
+        f"{clock}, {turns}; load before and after: {loads or 'unknown'}."
     )
 
 

@@ -67,7 +67,8 @@ class Runner:
 
     def __init__(self, contestant: Contestant, workload: Workload, settings: Settings) -> None:
         self.contestant, self.workload, self.settings = contestant, workload, settings
-        self.optimiser = AdamW(contestant.trained(), lr=LEARNING_RATE, fused=True)
+        trained = contestant.trained() or [torch.nn.Parameter(torch.zeros(1))]  # the floor of a model without a head
+        self.optimiser = AdamW(trained, lr=LEARNING_RATE, fused=True)
 
     def step(self, watch: Watch) -> None:
         """Do one training step, marking its four points in time."""

@@ -93,7 +93,8 @@ class Truth:
             layer, _, leafname = key.rpartition("/")
             if leafname == "B":
                 stored = _stored(layer, own)
-                weights[stored] = own[stored].detach() + self.scale * _product(leaf, leaves[f"{layer}/A"], own[stored])
+                change = _product(leaf, leaves[f"{layer}/A"], own[stored].shape, self._flipped(layer))
+                weights[stored] = own[stored].detach() + self.scale * change
             elif leafname != "A":
                 weights[f"{layer}.{leafname}".removeprefix(".")] = leaf
         precision = torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.dtype == "bf16")
@@ -106,8 +107,13 @@ class Truth:
         own = dict(self.workload.model.named_parameters())
         weight, A, B = own[_stored(layer, own)].detach(), self.tensors[f"{layer}/A"], self.tensors[f"{layer}/B"]
         B = torch.randn_like(B)
-        change = self.scale * _product(B, A, weight)
+        change = self.scale * _product(B, A, weight.shape, self._flipped(layer))
         return B * (SHARE * weight.norm() / change.norm())
+
+    def _flipped(self, layer: str) -> bool:
+        """Tell whether the layer stores its weight as (in, out): transformers' Conv1D does."""
+        modules = dict(self.workload.model.named_modules())
+        return layer in modules and type(modules[layer]).__name__ == "Conv1D"
 
     def _compare(self, name: str, loss: float, grads: dict[str, Tensor | None]) -> float:
         if not self._near(loss, self.loss):
@@ -129,12 +135,12 @@ class Truth:
         return abs(loss - true) <= self.tolerance.loss * abs(true) + self.loss_noise
 
 
-def _product(B: Tensor, A: Tensor, weight: Tensor) -> Tensor:
+def _product(B: Tensor, A: Tensor, shape: torch.Size, flipped: bool) -> Tensor:
     """Return B @ A of every group in the shape of the weight: B is (out, r), A (groups * r, in, *kernel)."""
     rank = B.shape[1]
     groups = A.shape[0] // rank
     rows = [b @ a for b, a in zip(B.reshape(groups, -1, rank), A.reshape(groups, rank, -1), strict=True)]
-    return torch.cat(rows).reshape(weight.shape)
+    return torch.cat(rows).t() if flipped else torch.cat(rows).reshape(shape)
 
 
 def _stored(layer: str, own: Mapping[str, Tensor]) -> str:

@@ -17,8 +17,10 @@ from visionlora.bench.measure import measure
 from visionlora.bench.record import new_record, read_record, write_record
 from visionlora.bench.settings import BASIC, Settings
 from visionlora.bench.table import markdown
+from visionlora.bench.texts import TEXTS, text_workload
 from visionlora.bench.truth import WrongResult
 from visionlora.bench.verbs import imports, verbs
+from visionlora.bench.workload import image_workload
 from visionlora.errors import ConfigError
 from visionlora.vision.backbone import check_model_name
 
@@ -28,10 +30,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.compare:
         return _compare(*options.compare)
     if not options.models and options.verbs == "none":
-        raise ConfigError("expected the name of a timm model or --compare BEFORE AFTER\nvisionlora bench --help")
+        raise ConfigError(
+            f"expected the name of a timm model, {', '.join(TEXTS)} or --compare BEFORE AFTER\nvisionlora bench --help"
+        )
     settings = _settings(options)
     for name in options.models:
-        check_model_name(name)
+        if name not in TEXTS:
+            check_model_name(name)
     with _threads(settings.threads):
         record = _measured(options, settings)
     if options.json:
@@ -69,7 +74,8 @@ def _measured(options: argparse.Namespace, settings: Settings) -> dict[str, Any]
     for name in options.models:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         try:
-            record["models"].append(measure(name, settings).plain())
+            factory = text_workload if name in TEXTS else image_workload
+            record["models"].append(measure(name, settings, factory=factory).plain())
         except WrongResult as e:
             record["failed"][name] = str(e)
         if options.json:  # what is measured is kept if a later model ends the run

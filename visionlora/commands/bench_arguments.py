@@ -10,10 +10,10 @@ def bench(parser: Parser) -> None:
     """Declare the flags of bench."""
     default = Settings()
     parser.usage = "%(prog)s MODEL [MODEL ...] [options] | --compare BEFORE.json AFTER.json"
-    parser.add_argument("models", nargs="*", help="timm names; weights are random, nothing is downloaded")
+    parser.add_argument("models", nargs="*", help="timm names, or gpt2, bert-base, t5-small; random weights")
     for name, what in (
-        ("batch", "images in a batch"),
-        ("size", "pixels a side"),
+        ("batch", "images or texts in a batch"),
+        ("size", "pixels a side, or tokens of a text"),
         ("rank", "rank of the adapters"),
         ("rounds", "rounds; each variant runs once in each"),
         ("threads", "threads of the processor"),
