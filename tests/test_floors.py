@@ -15,7 +15,17 @@ import visionlora
 ROOT = Path(visionlora.__file__).parent
 FLOORS: list[set[str]] = [
     {"errors", "config", "atomic"},
-    {"core.geometry", "core.thin", "core.delta", "core.kept", "core.orders", "core.maps", "core.ops", "core.fast"},
+    {
+        "core.geometry",
+        "core.thin",
+        "core.delta",
+        "core.computed",
+        "core.kept",
+        "core.orders",
+        "core.maps",
+        "core.ops",
+        "core.fast",
+    },
     {"core.attach"},
     {"core.norms", "variants"},
     {"core.folding", "core.bank"},

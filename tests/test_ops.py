@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import kept_bytes
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import visionlora as vl
+from visionlora.config import Variant
 from visionlora.core.attach import Adapted
 from visionlora.core.geometry import Geometry
 from visionlora.core.maps import Op
@@ -155,29 +158,15 @@ BEHIND = {
 }
 
 
-def stacked(function: nn.Module) -> nn.Sequential:
+def stacked(function: nn.Module, variant: Variant = "lora") -> nn.Sequential:
     net = nn.Sequential(nn.Linear(8, 8), function, nn.Linear(8, 5)).double()
     for p in net.parameters():
         nn.init.normal_(p)
-    net = vl.apply_lora(net, vl.LoraConfig(r=2, target_modules=["0", "2"]))
+    net = vl.apply_lora(net, vl.LoraConfig(r=2, variant=variant, target_modules=["0", "2"], modules_to_save="none"))
     for p in net.parameters():
         if p.requires_grad:
             nn.init.normal_(p)
     return net
-
-
-def kept_bytes(net: nn.Module, x: Tensor) -> int:
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = net(x)
-    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
-    del y
-    return sum(size for at, size in seen.items() if at not in own)
 
 
 @pytest.mark.parametrize("before", BEHIND)
@@ -251,6 +240,47 @@ def test_autocast_runs_in_its_type_and_gives_gradients_in_float32(order: Order) 
             assert parameter.grad is not None
             assert parameter.grad.dtype == torch.float32
             assert (parameter.grad - exact[name]).norm() < 0.1 * exact[name].norm()
+
+
+@pytest.mark.parametrize("order", ["merged", "projected"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_change_far_below_the_spacing_of_bfloat16_is_seen_under_autocast(kind: str, order: Order) -> None:
+    torch.manual_seed(0)
+    base, x = (nn.Linear(64, 64), torch.randn(256, 64)) if kind == "linear" else (nn.Conv2d(64, 64, 3), None)
+    net, x = nn.Sequential(base), torch.randn(4, 64, 8, 8) if x is None else x
+    vl.apply_lora(net, vl.LoraConfig(r=4, lora_alpha=4, target_modules=["0"], modules_to_save="none"))
+    delta, weight = base.adapters["default"]["weight"], base.base_tensor("weight")  # type: ignore[operator, union-attr]
+    with torch.no_grad():
+        nn.init.normal_(delta.B)
+        delta.B.mul_(5e-4 * weight.norm() / delta.change(weight).norm())  # bfloat16 keeps 2e-3 to 4e-3 apart
+        exact = net(x)
+        with vl.disabled(net):
+            exact = exact - net(x)
+        with forced(order), torch.autocast("cpu", torch.bfloat16):
+            seen = net(x).float()
+            with vl.disabled(net):
+                seen = seen - net(x).float()
+    assert (seen * exact).sum() / exact.square().sum() > 0.9  # its share; the rest is rounding
+
+
+def test_a_fresh_adapter_on_a_transposed_layer_changes_no_bit() -> None:
+    for seed in range(8):  # another order in memory is another order of summing: most draws show it
+        torch.manual_seed(seed)
+        net, x = nn.Sequential(Conv1D(7, 6)).double(), torch.randn(3, 2, 6).double()
+        y = net(x)
+        vl.apply_lora(net, vl.LoraConfig(r=1, target_modules=["0"], modules_to_save="none"))
+        for order in ORDERS:
+            with forced(order):
+                assert torch.equal(net(x), y), (seed, order)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "fa", "lokr", "ia3"])
+def test_a_vector_alone_is_mapped(variant: Variant) -> None:
+    net, x = stacked(nn.Tanh(), variant), torch.randn(8).double()
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    y, rows = net(x), net(x[None])
+    assert_close(y, rows[0])
+    assert_close(torch.autograd.grad(y.sum(), wanted), torch.autograd.grad(rows.sum(), wanted))
 
 
 def test_orders_follow_the_sizes_of_a_layer() -> None:

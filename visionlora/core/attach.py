@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visionlora.core.computed import computed_weight
 from visionlora.core.delta import Change, Delta
-from visionlora.core.fast import adapted_output
+from visionlora.core.fast import adapted_output, eager
 from visionlora.core.geometry import materialisable, own_output, widened
 from visionlora.errors import StateError
 
@@ -46,6 +47,9 @@ class Adapted(nn.Module):
             return base
         if is_sharded(base):
             return self._sharded(attribute, base, changes)
+        deltas = [(change, strength) for change, strength in changes if isinstance(change, Delta)]
+        if len(deltas) == len(changes) and torch.is_grad_enabled() and eager(base):
+            return computed_weight(base, deltas).to(base.dtype)
         wide = widened(base)
         total = wide
         for change, strength in changes:

@@ -50,10 +50,9 @@ class Delta(Change):
         """Return A (groups * r, in, *kernel), B (out, r, *1s) and s where the change is s B A, else None."""
         return None
 
-    @property
-    def random(self) -> bool:
-        """Its change differs from call to call: dropout."""
-        return False
+    def drawn(self) -> dict[str, Tensor]:
+        """Return what the change draws anew in every call, by name; given as its tensors, they make it certain."""
+        return {}
 
     def branch(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return what is added to y, the layer's own output for x."""
@@ -78,9 +77,12 @@ class Parts(Delta):
     def _rows(self) -> list[tuple[int, Delta]]:
         return [(self.starts[name], delta) for name, delta in self.deltas.items()]  # type: ignore[misc]
 
-    @property
-    def random(self) -> bool:
-        return any(delta.random for _, delta in self._rows())
+    def drawn(self) -> dict[str, Tensor]:
+        return {
+            f"deltas.{part}.{key}": tensor
+            for part, delta in self.deltas.items()
+            for key, tensor in delta.drawn().items()  # type: ignore[operator]
+        }
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         found = [(start, delta, delta.factors()) for start, delta in self._rows()]

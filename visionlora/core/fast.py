@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from visionlora.core.computed import computation
 from visionlora.core.delta import Change, Delta
-from visionlora.core.geometry import Geometry, materialisable, widened
+from visionlora.core.geometry import Geometry, materialisable
 from visionlora.core.maps import Op, autocast_dtype, compute_dtype
 from visionlora.core.ops import ComputedOp, FrozenOp, LowRankOp, low_rank
 from visionlora.core.orders import choose
@@ -95,20 +96,9 @@ def _computed(
     gain: Tensor | None,
     op: Op,
 ) -> Tensor | None:
-    if not torch.is_grad_enabled() or any(delta.random for delta, _ in deltas):
+    if not torch.is_grad_enabled():
         return None
-    names = [list(dict(delta.named_parameters())) for delta, _ in deltas]
-    tensors = [p for delta, _ in deltas for p in delta.parameters()]
-
-    def compute(*tensors: Tensor) -> Tensor:
-        base = widened(weight)
-        total, rest = base, list(tensors)
-        for (delta, strength), keys in zip(deltas, names, strict=True):
-            own, rest = dict(zip(keys, rest, strict=False)), rest[len(keys) :]
-            change = torch.func.functional_call(delta, own, (base,))
-            total = total + (change if strength == 1 else strength * change)
-        return total
-
+    compute, tensors = computation(weight, deltas)
     return ComputedOp.apply(x, bias, gain, op, compute, *tensors)  # type: ignore[no-any-return]
 
 
@@ -133,7 +123,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 def _op_and_input(layer: nn.Module, x: Tensor) -> tuple[Op | None, Tensor]:
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return None if isinstance(layer, nn.Embedding) else Op(), x
+        return None if isinstance(layer, nn.Embedding) or x.ndim < 2 else Op(), x
     dims, padding = len(layer.kernel_size), layer.padding
     if layer.padding_mode != "zeros":
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode), (0,) * dims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -130,6 +131,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type that x is used in: autocast's where it is on."""
     wanted = autocast_dtype(x.device.type)
     return x.dtype if wanted is None or x.dtype == torch.float64 else wanted
+
+
+def as_given(kind: str) -> AbstractContextManager[object]:
+    """Return a context in which types are as given on this kind of device, whatever autocast would make of them."""
+    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

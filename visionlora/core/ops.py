@@ -24,6 +24,7 @@ from visionlora.core.maps import (
     Like,
     Op,
     add_up,
+    as_given,
     cast,
     channels_last,
     column,
@@ -193,9 +194,14 @@ def _merged(weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, scale: fl
     wide = weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
     groups = op.groups if op.dims else 1
     last = channels_last(weight)
-    up = B.reshape(groups, -1, B.shape[1]).to(wide.dtype)
-    thin = matrix(A, groups, last).to(wide.dtype)
-    total = tensor(torch.baddbmm(matrix(wide, groups, last), up, thin, alpha=scale), weight.shape, last)
+    A, B = A.to(wide.dtype), B.to(wide.dtype)
+    # autocast would add in its own type, to W rounded to it: a change below half of its spacing would vanish
+    with as_given(weight.device.type):
+        if op.dims or wide.is_contiguous():
+            up, thin = B.reshape(groups, -1, B.shape[1]), matrix(A, groups, last)
+            total = tensor(torch.baddbmm(matrix(wide, groups, last), up, thin, alpha=scale), weight.shape, last)
+        else:  # stored as (in, out): in another order in memory it would be multiplied in another order, to other bits
+            total = torch.addmm(wide.t(), A.t(), B.t(), alpha=scale).t()
     return total if gain is None else total.mul_(column(gain, total))
 
 

@@ -16,6 +16,7 @@ class IA3(Variant):
     tensors = (("s",),)
     branched = sees_output = True
     ranked = scaled = False
+    thins = "s"
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)

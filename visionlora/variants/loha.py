@@ -14,6 +14,7 @@ class LoHa(Variant):
     """Add the Hadamard product of two low-rank matrices: rank up to r * r for twice LoRA's numbers."""
 
     tensors = (("w1_a", "w1_b", "w2_a", "w2_b"),)
+    thins = "w1_b"
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)

@@ -16,6 +16,7 @@ class LoKr(Variant):
     """Add a Kronecker product: a small matrix says how strongly each block of the weight takes one shared change."""
 
     tensors = (("w1", "w2"), ("w1", "w2_a", "w2_b"))
+    thins = "w1"
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
@@ -26,7 +27,7 @@ class LoKr(Variant):
         if rank * (out_b + prod(self.block[1:])) < prod(self.block):
             self.w2_a = nn.Parameter(like.new_zeros(out_b, rank))
             self.w2_b = nn.Parameter(_kaiming(like.new_empty(rank, prod(self.block[1:]))))
-            self.w2 = None
+            self.w2, self.thins = None, "w2_b"
         else:
             self.w2 = nn.Parameter(like.new_zeros(self.block))
 

@@ -24,10 +24,15 @@ class Variant(Delta):
     """False: it has no rank, every layer is recorded at rank 1."""
     scaled: ClassVar[bool] = True
     """False: lora_alpha has no meaning, every layer is recorded at scale 1."""
+    thins: str = "A"
+    """Name of the tensor whose rows dropout drops: each of them is one part of the change."""
+    left: Tensor | None
+    """What dropout leaves of each part, where it is given instead of drawn."""
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, rank, scale)
         self.dropout = config.lora_dropout
+        self.register_buffer("left", None, persistent=False)
 
     @classmethod
     @abstractmethod
@@ -50,14 +55,22 @@ class Variant(Delta):
 
     @property
     def random(self) -> bool:
+        """Its change differs from call to call: dropout."""
         return self.training and self.dropout > 0
+
+    def drawn(self) -> dict[str, Tensor]:
+        return {"left": self._left(getattr(self, self.thins))} if self.random else {}
 
     def thinned(self, factor: Tensor) -> Tensor:
         """Return the factor with rank-one parts (its first dimension) dropped in training, the rest scaled up."""
         if not self.random:
             return factor
-        keep = torch.rand(factor.shape[0], *[1] * (factor.ndim - 1), device=factor.device) >= self.dropout
-        return factor * (keep.to(factor.dtype) / (1 - self.dropout))
+        left = self._left(factor) if self.left is None else self.left
+        return factor * left.view(-1, *[1] * (factor.ndim - 1))
+
+    def _left(self, factor: Tensor) -> Tensor:
+        keep = torch.rand(len(factor), device=factor.device) >= self.dropout
+        return keep.to(factor.dtype) / (1 - self.dropout)
 
 
 def materialised(weight: Tensor, what: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod, sqrt
 
@@ -26,16 +27,15 @@ class VeRA(Variant):
     tensors = (("d", "b"),)
     branched = True
     scaled = False
+    thins = "d"
 
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
         ones, like = [1] * len(geometry.kernel), torch.empty(0, dtype=factor_dtype(weight), device=weight.device)
-        for name, shape in (
-            ("A", (geometry.groups * rank, geometry.in_, *geometry.kernel)),
-            ("B", (geometry.out, rank, *ones)),
-        ):
-            drawn = like.new_empty(shape) if like.is_meta else projection(name, shape).to(like)
-            self.register_buffer(name, drawn, persistent=False)
+        A, B = (geometry.groups * rank, geometry.in_, *geometry.kernel), (geometry.out, rank, *ones)
+        self.register_buffer("A", like.new_empty(A), persistent=False)
+        self.register_buffer("B", like.new_empty(B), persistent=False)
+        self._project()
         self.d = nn.Parameter(like.new_full((geometry.groups * rank,), _START))
         self.b = nn.Parameter(like.new_zeros(geometry.out))
 
@@ -49,6 +49,18 @@ class VeRA(Variant):
     @classmethod
     def largest_rank(cls, geometry: Geometry, config: LoraConfig) -> int:
         return max(0, (prod(geometry.shape) - geometry.out) // geometry.groups)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VeRA:
+        was_meta = self.A.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta:  # no file holds the projections: whoever gives the model memory must not find them empty
+            self._project()
+        return self
+
+    def _project(self) -> None:
+        if not self.A.is_meta:
+            self.A.copy_(projection("A", tuple(self.A.shape)))
+            self.B.copy_(projection("B", tuple(self.B.shape)))
 
     def change(self, weight: Tensor) -> Tensor:
         return per_group(self.geometry, *self._factors()).to(weight.dtype)
