@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
         "core.fast",
     },
     {"core.attach"},
-    {"core.norms", "variants"},
+    {"core.norms", "core.relu", "variants"},
     {"core.folding", "core.bank"},
     {"targets"},
     {"plan"},

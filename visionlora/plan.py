@@ -14,6 +14,7 @@ from visionlora.core.attach import Adapted, Branched, Materialised, own_class, o
 from visionlora.core.delta import Change, Delta, Parts, Value
 from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
 from visionlora.core.norms import FrozenNorm, batch_norms, is_norm, norm_values
+from visionlora.core.relu import PackedReLU, packable
 from visionlora.errors import TargetError
 from visionlora.targets import Site, head_layers, owner_reads_weight, select
 from visionlora.variants import VARIANTS
@@ -102,9 +103,10 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
 def build(model: nn.Module, plan: Plan) -> Changes:
     """Return fresh changes for every planned tensor, and an empty entry for a layer that is only held still.
 
-    A BatchNorm keeps its statistics, a frozen convolution need not keep its input.
+    A BatchNorm keeps its statistics, a frozen convolution need not keep its input, nor a ReLU its output where A is
+    frozen.
     """
-    changes: Changes = {name: {} for name in (*batch_norms(model), *_frozen_convs(model))}
+    changes: Changes = {name: {} for name in (*batch_norms(model), *_frozen_convs(model), *_relus(model, plan))}
     for site in plan.sites:
         weight = base_tensor(model.get_submodule(site.layer), site.attribute)
         assert weight is not None
@@ -124,6 +126,8 @@ def mixin_of(model: nn.Module, name: str) -> type[Adapted]:
     layer, owner = model.get_submodule(name), model.get_submodule(owner_name)
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return FrozenNorm
+    if packable(layer):
+        return PackedReLU
     geometry = geometry_of(layer)
     return Branched if geometry is not None and geometry.known and not owner_reads_weight(owner, leaf) else Materialised
 
@@ -149,6 +153,12 @@ def build_delta(site: Site, weight: Tensor, config: LoraConfig) -> Delta:
 def _frozen_convs(model: nn.Module) -> list[str]:
     convs = [name for name, layer in own_modules(model).items() if isinstance(layer, nn.modules.conv._ConvNd)]
     return [name for name in convs if mixin_of(model, name) is Branched]
+
+
+def _relus(model: nn.Module, plan: Plan) -> list[str]:
+    if VARIANTS[plan.config.variant].keeps_input:  # the layers behind a ReLU keep its output anyway
+        return []
+    return [name for name, layer in own_modules(model).items() if packable(layer)]
 
 
 def _value(layer: nn.Module, attribute: str, role: Role) -> Value:

@@ -66,7 +66,8 @@ def _drop(hooks: dict[int, Any], hook: Any) -> None:
 
 
 def _layers(model: nn.Module) -> tuple[list[Branched], list[FrozenNorm]]:
-    convs = [m for m in model.modules() if isinstance(m, Branched) and isinstance(m, nn.modules.conv._ConvNd)]
+    branched = [m for m in model.modules() if isinstance(m, Branched)]
+    convs = [m for m in branched if isinstance(m, nn.modules.conv._ConvNd)]
     return convs, [m for m in model.modules() if isinstance(m, FrozenNorm)]
 
 

@@ -12,6 +12,7 @@ class FA(LowRank):
 
     branched = True
     trains_A = False
+    keeps_input = False
 
     def change(self, weight: Tensor) -> Tensor:
         return self.product().to(weight.dtype)

@@ -24,6 +24,8 @@ class Variant(Delta):
     """False: it has no rank, every layer is recorded at rank 1."""
     scaled: ClassVar[bool] = True
     """False: lora_alpha has no meaning, every layer is recorded at scale 1."""
+    keeps_input: ClassVar[bool] = True
+    """False: no gradient needs the input of the layer."""
     thins: str = "A"
     """Name of the tensor whose rows dropout drops: each of them is one part of the change."""
     left: Tensor | None
