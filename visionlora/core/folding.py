@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ def _drop(hooks: dict[int, Any], hook: Any) -> None:
         del hooks[key]
 
 
-def _layers(model: nn.Module) -> tuple[list[Branched], list[FrozenNorm]]:
+def _layers(model: nn.Module) -> tuple[Sequence[Branched], Sequence[FrozenNorm]]:
     branched = [m for m in model.modules() if isinstance(m, Branched)]
     convs = [m for m in branched if isinstance(m, nn.modules.conv._ConvNd)]
     return convs, [m for m in model.modules() if isinstance(m, FrozenNorm)]
