@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from io_toy import images, timm_model
+from layer_kinds import stir
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -171,3 +175,43 @@ def test_bfloat16_and_channels_last_keep_the_constant_affine_exact() -> None:
         y = model(x)
     assert y.dtype == torch.bfloat16
     assert_close(y.float(), trained, atol=0.05, rtol=0.05)
+
+
+WITHOUT_DELTAS: dict[str, dict[str, Any]] = {
+    "biases": {"bias": "all"},
+    "norms": {"norm": "affine"},
+    "both": {"norm": "affine", "bias": "all"},
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_DELTAS)
+@pytest.mark.parametrize(("name", "small"), [("test_vit", {"img_size": 64}), ("test_resnet", {})])
+def test_an_adapter_without_deltas_keeps_every_promise(
+    name: str, small: dict[str, int], what: str, tmp_path: Path
+) -> None:
+    model, x = timm_model(name, **small).requires_grad_(False), images()
+    weights, base = copy.deepcopy(model.state_dict()), model(x)
+    vl.apply_lora(model, vl.LoraConfig(target_modules="none", modules_to_save="none", **WITHOUT_DELTAS[what]))
+    groups = [n.replace(".adapters.default", "") for n, p in model.named_parameters() if p.requires_grad]
+    trained = {name.removesuffix(".value") for name in groups}
+    norms = {n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.BatchNorm2d))}
+    of_norms = {f"{n}.{a}" for n in norms for a in ("weight", "bias")}
+    biases = {key for key in weights if key.endswith("bias")}  # the head's too
+    assert trained == {"biases": biases, "norms": of_norms, "both": biases | of_norms}[what]
+    assert torch.equal(model(x), base)
+    stir(model)
+    changed = model(x)
+    changed.square().sum().backward()
+    vl.check_gradients(model)
+    assert (changed - base).abs().max() > 1e-2
+    with vl.disabled(model):
+        assert torch.equal(model(x), base)
+    assert_close(vl.merge(model)(x), changed)
+    assert torch.equal(vl.unmerge(model)(x), changed)
+    vl.save_adapter(model, tmp_path)
+    again = timm_model(name, **small)
+    vl.load_adapter(again, tmp_path)
+    with torch.no_grad():
+        assert_close(again(x), changed, rtol=0, atol=1e-6)
+    vl.remove(model)
+    assert all(torch.equal(t, weights[key]) for key, t in model.state_dict().items())

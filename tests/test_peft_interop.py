@@ -66,6 +66,19 @@ def test_peft_computes_what_we_saved(make: Any, plan: str, tmp_path: Path) -> No
     assert torch.allclose(logits(peft.PeftModel.from_pretrained(make(), tmp_path)), y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "soma"])
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_peft_computes_on_the_original_base_what_started_from_its_weights(
+    make: Any, start: Any, tmp_path: Path
+) -> None:
+    model = adapted(make(), r=3, init_lora_weights=start)
+    y = logits(model)
+    save_adapter(model, tmp_path)
+    assert (y - logits(make())).abs().max() > 1e-2
+    assert json.loads((tmp_path / PEFT_CONFIG).read_text())["r"] == 6
+    assert torch.allclose(logits(peft.PeftModel.from_pretrained(make(), tmp_path)), y, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_peft_keeps_the_padding_of_a_convolution_that_pads_itself(variant: Any, tmp_path: Path) -> None:
     make = lambda: timm_model("test_efficientnet", pad_type="same")  # noqa: E731

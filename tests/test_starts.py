@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from layer_kinds import LAYERS, RANKS, adapted, build, cast, config_of, seat, stir
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 import visionlora as vl
 from visionlora.config import Init
@@ -95,6 +97,25 @@ def test_the_file_is_plain_lora_against_the_original_base(kind: str, init: Init,
     assert {entry["rank"] for entry in record["layers"].values()} == {2 * RANKS["lora", kind]}
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped conv"])
+@pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
+def test_random_starts_have_their_distribution(init: Init, kind: str) -> None:
+    groups, r = 4 if kind == "grouped conv" else 1, 8
+    layer = nn.Linear(900, 64) if kind == "linear" else nn.Conv2d(100 * groups, 64, 3, groups=groups)
+    vl.apply_lora(nn.Sequential(layer), vl.LoraConfig(r=r, target_modules=["0"], init_lora_weights=init))
+    delta = layer.adapters["default"]["weight"]  # type: ignore[operator, union-attr]
+    assert not delta.B.any()
+    for A in delta.A.detach().view(groups, r, 900):
+        if init == "orthogonal":
+            assert_close(A @ A.T, torch.eye(r), atol=1e-5, rtol=0)
+        elif init == "gaussian":
+            assert A.std() == pytest.approx(r**-0.5, rel=0.05)  # variance 1 / r, Hu et al. 2021
+            assert A.abs().max() > 2.5 * r**-0.5
+        else:
+            assert A.abs().max() == pytest.approx(900**-0.5, rel=0.02)  # uniform, as nn.Linear starts
+            assert A.std() == pytest.approx((3 * 900) ** -0.5, rel=0.05)
+
+
 @pytest.mark.parametrize(("init", "variant"), [("pissa", "dora"), ("olora", "fa"), ("soma", "ia3"), ("eva", "loha")])
 def test_a_start_that_a_variant_cannot_take_is_refused(init: Init, variant: str) -> None:
     with pytest.raises(ConfigError, match=f'init_lora_weights="{init}" starts the variants'):
@@ -118,6 +139,18 @@ def test_directions_of_the_data_are_those_of_the_patches(groups: int) -> None:
         assert (patches[:, group] @ A.T).square().sum() >= 0.998 * S[:3].square().sum()
     if groups == 1:
         assert shares["0"] == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 12), lambda: Conv1D(12, 8)], ids=["linear", "conv1d"])
+def test_directions_of_tokens_are_their_principal_ones(make: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(make()).double()
+    vl.apply_lora(model, vl.LoraConfig(r=3, target_modules=["0"], init_lora_weights="eva", modules_to_save="none"))
+    batches = [batch.flatten(2).mT for batch in images()]  # (2, 30, 8)
+    shares = vl.fit_to_data(model, batches)
+    tokens, A = torch.cat(batches).reshape(-1, 8), seat(model)[2].A.detach()
+    _, S, V = torch.linalg.svd(tokens, full_matrices=False)
+    assert_close(V[:3] @ A.T @ A, V[:3], atol=1e-5, rtol=0)  # the same plane
+    assert shares["0"] == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-6)
 
 
 def test_directions_need_a_fresh_low_rank_adapter_and_data() -> None:
