@@ -149,7 +149,7 @@ def test_a_merged_model_is_a_plain_model_of_transformers(name: str, tmp_path: Pa
     assert torch.equal(logits(run, net), expected)
 
 
-@pytest.mark.parametrize("name", ["SEQ_CLS", "CAUSAL_LM"])
+@pytest.mark.parametrize("name", TASKS)
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
     family, sizes, _, lr = SETUPS[name]
     base = hub(tmp_path / "base", family, **sizes)
@@ -228,6 +228,26 @@ def test_packed_texts_train(tmp_path: Path) -> None:
     before = trainer(tmp_path).validate(module, texts, verbose=False)[0]["val/ppl"]
     trainer(tmp_path, max_epochs=20, limit_val_batches=0).fit(module, texts)
     assert trainer(tmp_path).validate(module, texts, verbose=False)[0]["val/ppl"] < before / 2
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_small_batches_accumulated_are_one_large_batch(clip: float | None, tmp_path: Path) -> None:
+    base, gradients = hub(tmp_path / "base", "llama"), []
+    for size in (8, 2):  # texts of three to nine words: batches of 2 hold different numbers of tokens
+        module = task(base, "CAUSAL_LM")
+        with torch.no_grad():
+            for parameter in module.trainable_groups()["B"]:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+        texts = TextData.from_rows(
+            {"train": [{"text": text} for text in sentences(8)]},
+            model_name=str(base), task_type="CAUSAL_LM", max_length=64, cache="none", batch_size=size, seed=0,
+            val_fraction=0.0,
+        )  # fmt: skip
+        options = {"max_steps": 1, "limit_val_batches": 0, "gradient_clip_val": clip}
+        trainer(tmp_path, accumulate_grad_batches=8 // size, **options).fit(module, texts)
+        gradients.append([p.grad.clone() for group in module.trainable_groups().values() for p in group])
+    for together, apart in zip(*gradients, strict=True):
+        assert_close(apart, together, atol=1e-6, rtol=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:

@@ -9,27 +9,24 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from visionlora.adapt import apply_lora
 from visionlora.config import LoraConfig, did_you_mean
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
 from visionlora.merging import fingerprint
 from visionlora.registry import adapter_parameters
 from visionlora.text.columns import TaskType
 from visionlora.text.families import checkpoint_activations, create_backbone
 from visionlora.text.full import save_full
-from visionlora.text.inputs import Batch, check_labels, model_inputs
 from visionlora.text.labels import ProblemType
-from visionlora.text.loops import class_weight, examples_of, full_groups, planned_steps, see_data, seeded, set_names
-from visionlora.text.metrics import LanguageScores, Result, Scores
+from visionlora.text.loops import class_weight, full_groups, planned_steps, see_data, seeded
 from visionlora.text.modes import RATES, Mode, adapter_config, check_settings
-from visionlora.text.spans import Candidate, best_answers
+from visionlora.text.steps import TaskSteps
 from visionlora.text.suits import check_data
-from visionlora.text.tasks import CausalLanguage, task_of
-from visionlora.text.writing import write
+from visionlora.text.tasks import task_of
 from visionlora.training.ema import AdapterEMA
 from visionlora.training.optim import parameter_groups, warmup_cosine
 from visionlora.training.sharding import shard
@@ -39,7 +36,7 @@ __all__ = ["Mode", "TextTask"]
 _LORA = LoraConfig()
 
 
-class TextTask(pl.LightningModule):
+class TextTask(TaskSteps):
     """Train a transformers model for a task: classes of texts or words, answers in a context, texts to write.
 
     "lora" trains what the LoraConfig says, "linear" the head alone, "norm" head and normalisation, "full" every weight.
@@ -75,8 +72,6 @@ class TextTask(pl.LightningModule):
         data: what the texts went through (tokenizer, lengths ...), stored in the adapter.
         seed: of the starting values of the adapter.
     """
-
-    net: nn.Module
 
     def __init__(
         self,
@@ -148,13 +143,6 @@ class TextTask(pl.LightningModule):
             h.task_type, label_names=tuple(self.label_names), problem_type=h.problem_type,
             most_tokens=h.max_answer_tokens, null_threshold=h.null_threshold,
         )  # fmt: skip
-        self.results: dict[str, Result] = {}
-        """Newest result of each set of texts: "val", "test" or "test/<name>"."""
-        self.answered: dict[str, str] = {}
-        """Answers of QUESTION_ANS by example, over all windows, after a prediction."""
-        self._scores: dict[str, Scores] = {}
-        self._candidates: list[Candidate] = []
-        self.register_buffer("_class_weight", None, persistent=False)
         if self.config is None:
             net.requires_grad_(True)
         else:
@@ -164,21 +152,6 @@ class TextTask(pl.LightningModule):
             checkpoint_activations(net)
         if h.compile:
             net.compile()
-
-    @property
-    def monitor(self) -> tuple[str, Literal["min", "max"]]:
-        """Metric that tells the best adapter, "val/acc" say, and its direction."""
-        name, mode = self.task.monitor
-        unwritten = name == "rougeL" and not self.hparams.generate_batches
-        return ("val/loss", "min") if unwritten else (f"val/{name}", mode)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits: (batch, classes), (batch, tokens, classes or words), (batch, tokens, start and end)."""
-        return self.task.logits(self.net(**model_inputs(self.net, batch)))
-
-    def loss(self, logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-        """Return the training loss, with class weights and label smoothing, and the labels it is the mean of."""
-        return self.task.loss(logits, batch, self._class_weight, self.hparams.label_smoothing)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # ModelParallelStrategy asks for it
@@ -209,73 +182,6 @@ class TextTask(pl.LightningModule):
         if self.config is not None and self.trainer.ckpt_path is None:  # a resumed run has it in its checkpoint
             see_data(self.net, self.hparams.adapter_name, self.trainer)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self._check_labels(batch)
-        loss, size = self.loss(self(batch), batch)
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        run = self.trainer
-        stage, batches = ("test", run.num_test_batches) if run.testing else ("val", run.num_val_batches)
-        names = set_names(stage, len(batches), run)
-        self._scores = {name: self.task.scores(examples_of(run, name), self.device) for name in names}
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._check_labels(batch)
-        scores = list(self._scores.values())[dataloader_idx]
-        scores.update(self(batch), batch)
-        wanted = self.trainer.testing or batch_idx < self.hparams.generate_batches
-        if isinstance(scores, LanguageScores) and wanted and "references" in batch:
-            texts = self.write(batch)
-            if texts is not None:
-                scores.add_texts(texts, batch["references"])
-
-    def on_validation_epoch_end(self) -> None:
-        for name, scores in self._scores.items():
-            result = self.results[name] = scores.compute()
-            shown = self.task.monitor[0]
-            for key, value in result.scalars().items():
-                self.log(f"{name}/{key}", value, prog_bar=key == shown, sync_dist=True, add_dataloader_idx=False)
-
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
-    def on_predict_epoch_start(self) -> None:
-        self._candidates, self.answered = [], {}
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Return what the task answers, and "rows", the places of the examples.
-
-        SEQ_CLS: {"probabilities", "classes"}; TOKEN_CLS: {"classes": {word: tag} of each feature}; QUESTION_ANS:
-        {"answers": {id: text}} of these windows, while `answered` holds the best over all of them when prediction ends;
-        CAUSAL_LM and SEQ_2_SEQ_LM: {"texts"}.
-        """
-        rows = {"rows": batch["rows"]} if "rows" in batch else {}
-        if self.task.writes:
-            return {"texts": self.write(batch, predicting=True), **rows}
-        found = self.task.answers(self(batch), batch, examples_of(self.trainer, "predict"))
-        self._candidates += found.pop("candidates", [])
-        return {**found, **rows}
-
-    def on_predict_epoch_end(self) -> None:
-        if self._candidates:
-            contexts = {e["id"]: e["context"] for e in examples_of(self.trainer, "predict")}
-            self.answered = best_answers(self._candidates, contexts, self.hparams.null_threshold)
-
-    def write(self, batch: Batch, *, predicting: bool = False) -> list[str] | None:
-        """Return what the model writes for each prompt of a batch; None where the batch has no prompts."""
-        assert isinstance(self.task, CausalLanguage)
-        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if tokenizer is None:
-            raise DataError("texts are written with the tokenizer of a data module; pass datamodule=TextData(...)")
-        h = self.hparams
-        return write(
-            self.net, self.task, batch, tokenizer,
-            most=h.max_new_tokens, beams=h.num_beams, predicting=predicting,
-        )  # fmt: skip
-
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters to train, by the name of their group: A, B, m, head, norm, bias, saved or backbone."""
         if self.config is None:
@@ -304,7 +210,3 @@ class TextTask(pl.LightningModule):
     def fingerprint(self) -> str:
         """Return the hash of the base weights as they were before training."""
         return self._base
-
-    def _check_labels(self, batch: Batch) -> None:
-        if self.label_names and self.hparams.problem_type == "single_label_classification":
-            check_labels(batch, len(self.label_names))

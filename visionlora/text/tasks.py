@@ -42,6 +42,8 @@ class Task(ABC):
 
     writes: ClassVar[bool] = False
     """The model writes texts."""
+    many_labels: ClassVar[bool] = False
+    """A text has a label for each token, so that batches of as many texts hold different numbers of labels."""
 
     @property
     @abstractmethod
@@ -99,6 +101,8 @@ class SequenceClassification(Task):
 class TokenClassification(Task):
     """A class of each word."""
 
+    many_labels = True
+
     @property
     def monitor(self) -> tuple[str, Literal["min", "max"]]:
         return "f1", "max"
@@ -145,7 +149,7 @@ class QuestionAnswering(Task):
 class CausalLanguage(Task):
     """Write on from a text."""
 
-    writes = True
+    writes = many_labels = True
     shifted: ClassVar[bool] = True
     """The scores at a token are those of the next one."""
 
