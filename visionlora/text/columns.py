@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError, DataError
+from visionlora.text.cells import check_cell, check_spans
 from visionlora.text.reading import SPLIT_NAMES, Row
 
 __all__ = ["FORMS", "TASKS", "Example", "Form", "TaskType", "check_task", "example_of", "form_of"]
@@ -102,7 +101,7 @@ def example_of(row: Row, form: Form, columns: Mapping[str, str], *, answered: bo
         if len(fields.get("tags", ())) not in (0, len(fields.get("tokens", ()))):
             raise DataError(f"{len(fields['tokens'])} tokens but {len(fields['tags'])} tags")
         if "answers" in fields:
-            _check_spans(fields["context"], fields["answers"])
+            check_spans(fields["context"], fields["answers"])
         domain, split, group = (_name(row, name, columns) for name in EVERYWHERE)
         if split is not None and split.lower() not in SPLIT_NAMES:
             raise DataError(f"split {split!r} must be train, val or test{did_you_mean(split, [*SPLIT_NAMES])}")
@@ -149,8 +148,7 @@ def _cell(row: Row, name: str, columns: Mapping[str, str]) -> Any:
     if value is None:
         raise DataError(f"{told} is missing")
     try:
-        check: Callable[[Any], Any] = CHECKS.get(name, _any)
-        return check(value)
+        return check_cell(name, value)
     except DataError as e:
         raise DataError(f"{told} {e}") from None
 
@@ -158,105 +156,3 @@ def _cell(row: Row, name: str, columns: Mapping[str, str]) -> Any:
 def _name(row: Row, name: str, columns: Mapping[str, str]) -> str | None:
     value = row.cells.get(columns.get(name, name))
     return None if value is None else str(value).strip() or None
-
-
-def _any(value: Any) -> str:
-    """Return a column of a template, which may be empty, as an instruction without input is."""
-    if isinstance(value, (list, tuple, Mapping)):
-        raise DataError(f"must be text, got {type(value).__name__}")
-    return _text(str(value)) if str(value).strip() else ""
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"must be text, got {type(value).__name__} {value!r:.40}")
-    if not value.strip():
-        raise DataError("is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as e:
-        raise DataError(f"holds half a character (\\u{ord(value[e.start]):04x}), which no file in UTF-8 can") from None
-    return value
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, str):
-        value = value.split()
-    if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(f"must be a list of words, or text with spaces between them, got {value!r:.40}")
-    return [_text(word) for word in value]
-
-
-def _label(value: Any) -> str | float | list[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise DataError("is missing or not finite")
-    if isinstance(value, (list, tuple)):
-        return [str(_label(one)) for one in value]
-    if isinstance(value, float):
-        return value
-    if not isinstance(value, (str, int)):
-        raise DataError(f"must be text or a number, got {type(value).__name__}")
-    if not str(value).strip():
-        raise DataError("is empty")
-    return str(value).strip()
-
-
-def _labels(value: Any) -> list[str]:
-    if isinstance(value, str):
-        value = value.split()
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"must be a list of labels, or text with spaces between them, got {value!r:.40}")
-    return [str(_label(one)) for one in value]
-
-
-def _answers(value: Any) -> dict[str, list[Any]]:
-    """Return SQuAD's answers {"text": [...], "answer_start": [...]}; the list form and JSON text are read too."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError('must be SQuAD\'s {"text": [...], "answer_start": [...]}') from None
-    try:
-        if isinstance(value, Mapping):
-            texts, starts = list(value["text"]), [int(at) for at in value["answer_start"]]
-        else:
-            texts, starts = [one["text"] for one in value], [int(one["answer_start"]) for one in value]
-    except (KeyError, TypeError, ValueError):
-        raise DataError('must be SQuAD\'s {"text": [...], "answer_start": [...]}') from None
-    if len(texts) != len(starts) or not all(isinstance(text, str) and text for text in texts):
-        raise DataError(f"must have one start for every text, and no empty text, got {value!r:.60}")
-    return {"text": texts, "answer_start": starts}
-
-
-def _check_spans(context: str, answers: Mapping[str, list[Any]]) -> None:
-    for text, at in zip(answers["text"], answers["answer_start"], strict=True):
-        if at < 0 or context[at : at + len(text)] != text:
-            found = context.find(text)
-            where = f"it stands at {found}" if found >= 0 else "it stands nowhere"
-            raise DataError(f"the answer {text!r:.60} does not stand at character {at} of the context: {where}")
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError('must be a list of {"role": ..., "content": ...}') from None
-    if not isinstance(value, (list, tuple)) or not value:
-        raise DataError('must be a list of {"role": ..., "content": ...}')
-    for one in value:
-        if not isinstance(one, Mapping) or not isinstance(one.get("role"), str):
-            raise DataError(f'must be a list of {{"role": ..., "content": ...}}, got {one!r:.60}')
-        _text(one.get("content"))
-    return [{"role": one["role"], "content": one["content"]} for one in value]
-
-
-CHECKS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("text", "text_pair", "question", "context", "prompt", "response", "source", "target"), _text),
-    "label": _label,
-    "tokens": _words,
-    "tags": _labels,
-    "answers": _answers,
-    "messages": _messages,
-    "id": str,
-}
