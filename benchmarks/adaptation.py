@@ -4,8 +4,8 @@
 
 Every task starts from a classifier that knows the source domain (trained in full there, once, or published) and adapts
 it to the target domain with the target's labels. LoRA runs at the defaults of ImageClassifier, each other method at
-every learning rate of a grid. The tasks caltech-v1 and signs-dev are for choosing defaults: none of their target images
-is in another task's test; --folds chooses settings on a task's own training images.
+every learning rate of a grid. The tasks caltech-v1, caltech-v2 and signs-dev are for choosing defaults: none of their
+target images is in another task's test; --folds chooses settings on a task's own training images.
 One line of JSON a run: adaptation.jsonl has those of docs/results.md, and `--table` prints its tables.
 """
 
@@ -83,6 +83,7 @@ def signs(target: tuple[str, str], shares: tuple[float, ...]) -> Task:
 
 TASKS = {
     "caltech-v1": office(mobilenet_v1, "caltech10", 20, (0.14, 0.36, 0.5)),
+    "caltech-v2": office(mobilenet_v2, "caltech10", 10, (0.14, 0.36, 0.5)),
     "signs-dev": signs(("dark", "dark"), (0.6, 0.4)),
     "signs": signs(("dark", "dark_test"), ()),
     "webcam-v1": office(mobilenet_v1, "webcam", 20, (0.5, 0.5)),

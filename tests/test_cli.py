@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,16 @@ def test_a_file_system_error_is_a_message(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").write_text("x")
     assert main(["scenes", str(tmp_path / "file" / "below")]) == 1
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        assert main(["scenes", str(tmp_path / "s"), "--per_class", "10000"]) == 130
+    finally:
+        timer.join()
+    assert capsys.readouterr().err.splitlines()[-1] == "visionlora: interrupted"
 
 
 def test_scenes_writes_an_image_folder_and_completes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +254,34 @@ def test_merge_writes_a_checkpoint_that_plain_timm_loads(
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), atol=1e-4, rtol=1e-4)
         assert (plain(x) - base(x)).abs().max() > 0.01  # else the merge could be empty
+
+
+def test_merge_prints_the_very_call_that_builds_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = {"output_stride": 8, "pad_type": "same"}
+    net = timm.create_model("mobilenetv2_035", num_classes=3, **args)
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+    apply_lora(net, LoraConfig(r=1, target_modules=["conv_head"]))
+    save_adapter(net, tmp_path / "a", base={"name": "mobilenetv2_035", "args": args})
+    out = tmp_path / "merged.safetensors"
+    assert main(["merge", str(tmp_path / "a"), str(out), "--checkpoint", str(tmp_path / "base.safetensors")]) == 0
+    exec(f"built = {capsys.readouterr().out.splitlines()[-1]}", names := {"timm": timm})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(names["built"].eval()(x), net.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words", [["merge", "out.safetensors"], ["convert", "out", "--to", "peft"], ["combine", "--out", "out"]]
+)
+def test_an_adapter_in_its_run_needs_no_checkpoint(
+    words: list[str], adapter: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(adapter[0].parent)
+    Path("run").mkdir()
+    adapter[0].rename("run/adapter")
+    Path("run/config.yaml").write_text(f"model: {{model_name: test_resnet, checkpoint: {adapter[1].name}}}")
+    assert main([words[0], "run/adapter", *words[1:]]) == 0
+    assert list(Path().glob("out*"))
 
 
 def test_merge_keeps_an_existing_file_unless_forced(

@@ -313,6 +313,11 @@ def test_a_wrong_word_gets_two_lines_and_the_right_one(words: list[str], hint: s
     assert not list(here.glob("runs/*"))
 
 
+def test_a_wrong_word_leads_to_the_help_of_its_verb(here: Path, errors: Errors) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--data.roo", "x"]) == 2
+    assert errors()[1] == "visionlora fit --help shows the options"
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
@@ -397,6 +402,14 @@ def test_predict_writes_csv_and_jsonl(run: Path, capsys: pytest.CaptureFixture[s
     assert {row["label"] for row in rows} <= {"cat", "dog"}
 
 
+def test_predict_speaks_of_predictions_only(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = next(Path("data/day").glob("*/*.png"))
+    assert main(["predict", "--adapter", str(run / "adapter"), "--source", str(source)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "1 image: predictions.csv, predictions.jsonl\n"
+    assert not [line for line in shown.err.splitlines() if "head" in line or "training" in line]
+
+
 def test_predict_with_an_adapter_and_with_its_checkpoint_agree(run: Path) -> None:
     source = ["--source", "data/night/cat/*.png", "--out"]
     assert main(["predict", "--adapter", str(run / "adapter"), *source, "by_adapter"]) == 0
@@ -409,7 +422,8 @@ def test_predict_with_an_adapter_and_with_its_checkpoint_agree(run: Path) -> Non
 @pytest.mark.parametrize("source", [["--source", "dat"], ["--source", "data/*.gif"], []])
 def test_predict_without_images_is_misuse(source: list[str], run: Path, errors: Errors) -> None:
     assert main(["predict", "--adapter", str(run / "adapter"), *source]) == 2
-    assert len(errors()) == 1
+    (message,) = errors()
+    assert "no image found" in message or "did you mean" in message or "--source" in message
     assert not Path("predictions.csv").exists()
 
 

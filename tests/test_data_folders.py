@@ -194,6 +194,9 @@ def test_a_given_list_fixes_the_order_and_may_be_longer(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         assert class_list(samples("car", "bus"), classes=["truck", "car", "bus"]) == ["truck", "car", "bus"]
     assert "no training image of truck" in caplog.text
+    caplog.clear()
+    assert class_list([], classes=["car", "bus"]) == ["car", "bus"]
+    assert not caplog.records, "prediction trains on nothing"
 
 
 def test_a_label_outside_the_given_list_is_an_error() -> None:

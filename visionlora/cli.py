@@ -134,5 +134,5 @@ def _exit_code(end: SystemExit) -> int:
 def _fail(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    print(f"visionlora: {error or 'interrupted'}", file=sys.stderr)
+    print(f"visionlora: {str(error) or 'interrupted'}", file=sys.stderr)
     return code

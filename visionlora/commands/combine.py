@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from visionlora.adapt import remove
+from visionlora.commands.runs import weights_of_base
 from visionlora.compose import Combination, combine
 from visionlora.compose.files import check_bases, labelled, merged_classes, merged_input
 from visionlora.compose.recipe import check_method
@@ -65,7 +66,7 @@ def _model(files: Mapping[str, AdapterFile], head: str, checkpoint: str | None) 
     """Return the base, built as for the adapter whose head is taken over, with all adapters, and that adapter."""
     named = [file for file in files.values() if file.record["base"]["name"]]  # PEFT records no base
     base = files.get(head) or next(iter(named), next(iter(files.values())))
-    model = remove(load_model(base.path, checkpoint=checkpoint))
+    model = remove(load_model(base.path, checkpoint=checkpoint or weights_of_base(base.path.parent)))
     for name, file in files.items():
         load_adapter(model, file.path, name=name, allow_other_classes=True)
     return model, base

@@ -16,6 +16,7 @@ from torch import nn
 
 from visionlora.adapt import activate, remove
 from visionlora.atomic import atomic_path, write_atomic
+from visionlora.commands.runs import weights_of_base
 from visionlora.config import check_adapter_name
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import load_adapter, save_adapter
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 def opened(source: Path, found: Format, options: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Factors]]:
     """Return the base with the adapter of SOURCE on it, notes on the reading, and what had to be decomposed for it."""
     if found == "visionlora" and options.model is None:
-        return load_model(source, checkpoint=options.checkpoint), [], {}
+        return load_model(source, checkpoint=options.checkpoint or weights_of_base(source)), [], {}
     if options.model is None:
         raise ConfigError(f"{source} ({found}) does not say for which model it is: name it with --model NAME")
     args = {} if options.img_size is None else {"img_size": options.img_size}

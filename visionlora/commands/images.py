@@ -49,12 +49,16 @@ class ImageCLI(AdapterCLI):
             if config.data.root is None:
                 raise ConfigError("scenes are drawn into data.root: set it to a folder")
             draw(Path(config.data.root), Scenes(**config.scenes))
+        self.checkpoint = config.model.checkpoint
+        if config.adapter is not None:
+            config.model.checkpoint = None  # its weights go into the adapted network, which replaces the one made first
         super().before_instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         adapter = self._get(self.config, "adapter")
         if adapter is not None:
-            self.model.net = load_model(adapter, checkpoint=self._get(self.config, "model").checkpoint)
+            self._get(self.config, "model").checkpoint = self.checkpoint
+            self.model.net = load_model(adapter, checkpoint=self.checkpoint)
 
     def report(self) -> Callback:
         return RunReport()

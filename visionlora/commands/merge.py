@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visionlora.atomic import atomic_path
 from visionlora.commands.merge_text import merge_text
 from visionlora.commands.recorded import text_record
+from visionlora.commands.runs import weights_of_base
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import read_adapter
 from visionlora.merging import base_state_dict, merge
@@ -33,10 +34,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError(f"{out}: expected a name that ends in .safetensors")
     if out.exists() and not options.force:
         raise ConfigError(f"{out} exists; choose another name or pass --force to replace it")
-    base = read_adapter(options.adapter).record["base"]
-    difference, classes = write_merged(Path(options.adapter), out, checkpoint=options.checkpoint)
+    adapter = Path(options.adapter)
+    base = read_adapter(adapter).record["base"]
+    difference, classes = write_merged(adapter, out, checkpoint=options.checkpoint or weights_of_base(adapter))
     print(f"{out}: {readable_size(out.stat().st_size)}, {classes} classes, outputs equal to {difference:.1e}")
-    print(f'timm.create_model("{base["name"]}", num_classes={classes}, checkpoint_path="{out}")')
+    given = {**base["args"], "num_classes": classes}
+    told = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    print(f'timm.create_model("{base["name"]}", {told}, checkpoint_path="{out}")')
     return 0
 
 

@@ -114,7 +114,8 @@ class WritePredictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
         if self._writer is not None:
-            print(f"{self._writer.rows:,} images: {self._writer.csv_path}, {self._writer.jsonl_path}")
+            images = "1 image" if self._writer.rows == 1 else f"{self._writer.rows:,} images"
+            print(f"{images}: {self._writer.csv_path}, {self._writer.jsonl_path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()

@@ -31,7 +31,7 @@ class ShortErrors(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser: argparse.ArgumentParser = getattr(ex, "subcommand_parser", None) or self
         known = sorted(set(_keys(self)) | set(_keys(parser)))
-        prog = parser.prog.replace(" [options]", "")
+        prog = re.sub(r" (\[options\]|--SETTING VALUE \.\.\.)", "", parser.prog)
         raise ConfigError(f"{explain(message, known)}\n{prog} --help shows the options") from None
 
 

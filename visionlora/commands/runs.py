@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from visionlora.commands.words import read_config
 from visionlora.errors import ConfigError, ResumeError
 
 CONFIG = "config.yaml"
@@ -54,6 +55,14 @@ def run_of(path: Path) -> Path | None:
     """Return the run a checkpoint or an adapter directory lies in, if it lies in one."""
     parent = path.parent
     return parent if (parent / CONFIG).is_file() else None
+
+
+def weights_of_base(adapter: Path) -> str | None:
+    """Return the file that the run of an adapter had the weights of its base from, if it is still there."""
+    run = run_of(adapter)
+    model = {} if run is None else read_config(str(run / CONFIG)).get("model") or {}
+    given = model.get("checkpoint")
+    return given if isinstance(given, str) and Path(given).is_file() else None
 
 
 def _versions(output: Path, name: str) -> list[tuple[int, Path]]:

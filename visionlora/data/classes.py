@@ -19,8 +19,8 @@ def class_list(training: Iterable[Sample], *, classes: Sequence[str] | None = No
 
     Without classes they are the labels of the training samples, sorted as text, or by value if all are whole numbers.
     (torchvision's ImageFolder puts "10" before "2": give classes to keep the order of a base trained that way.)
-    With classes the list and its order are taken as given: it may name classes without training images (logged), and
-    every label must be in it.
+    With classes the list and its order are taken as given: it may name classes without training images (logged where
+    there are others), and every label must be in it.
     Raises DataError for fewer than two classes.
     """
     labels = {sample.label for sample in training}
@@ -30,7 +30,7 @@ def class_list(training: Iterable[Sample], *, classes: Sequence[str] | None = No
         raise DataError(f"a classifier needs two classes or more, got {found}")
     check_labels(labels, names, where="the training images")
     unseen = [name for name in names if name not in labels]
-    if unseen:
+    if labels and unseen:
         logger.warning("no training image of %s", ", ".join(unseen))
     return names
 

@@ -11,6 +11,9 @@ from visionlora.errors import BaseMismatchError, ConfigError
 from visionlora.merging import base_state_dict, fingerprint, head_fingerprint
 from visionlora.targets.heads import is_transformers
 
+UNTRAINED = "untrained"
+"""timm's tag for an architecture without published weights, which names none."""
+
 
 def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
     """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
@@ -59,7 +62,9 @@ def base_text(base: dict[str, Any]) -> str:
 
 def _timm_name(model: nn.Module) -> dict[str, Any]:
     cfg = model.__dict__.get("pretrained_cfg")
-    return cfg if isinstance(cfg, dict) else {}
+    if not isinstance(cfg, dict):
+        return {}
+    return cfg if cfg.get("tag") != UNTRAINED else {**cfg, "tag": None}
 
 
 def _timm_args(model: nn.Module) -> dict[str, Any]:

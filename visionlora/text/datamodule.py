@@ -257,7 +257,7 @@ class TextData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         if self.predict_source is None:
-            raise DataError("nothing to predict: give a file, folder or glob as predict_source")
+            raise DataError("nothing to predict: give a file, folder or glob as --source (in Python: predict_source)")
         return self._loaders.evaluation("predict", self._to_predict, self._settings(answered=False))
 
     def statistics_dataloader(self) -> DataLoader[Any]:

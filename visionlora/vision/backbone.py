@@ -21,6 +21,7 @@ from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.targets import head_layers
 from visionlora.vision import scenes_backbone  # noqa: F401  (timm then knows the embedded backbone)
+from visionlora.vision.hub import WeightsUnavailableError, without_hub
 
 __all__ = ["check_model_name", "create_backbone", "data_config"]
 
@@ -47,18 +48,43 @@ def create_backbone(
     `num_classes` None keeps the head of the weights. `model_args` go to timm unchanged.
     Raises ConfigError: unknown name, weights that cannot be had or do not fit.
     """
+    try:
+        net, replaced = base_and_head(
+            model_name, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, model_args=model_args
+        )
+    except WeightsUnavailableError as e:
+        raise ConfigError(
+            f"{e}. Give a file you have with --model.checkpoint PATH, or start from random weights: pretrained: false"
+        ) from None
+    if replaced is not None:
+        log.info("%s: a new head for %s classes (the weights know %s)", checkpoint or model_name, num_classes, replaced)
+    return net
+
+
+def base_and_head(
+    model_name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> tuple[nn.Module, int | None]:
+    """Return what create_backbone does, and how many classes its weights knew if their head gave way to a new one.
+
+    Raises WeightsUnavailableError, without the advice to give a file, for weights that cannot be had.
+    """
     check_model_name(model_name)
     args = dict(model_args or {})
-    if checkpoint is not None:
-        return _from_file(model_name, Path(checkpoint), num_classes, args)
-    if not pretrained:
-        return _build(model_name, pretrained=False, num_classes=num_classes, **args)
-    net = _downloaded(model_name, num_classes, args)
-    known = net.pretrained_cfg.get("num_classes")
-    if num_classes not in (None, known):
-        _zero_head(net, num_classes)
-        log.info("%s: a new head for %s classes (the weights know %s)", model_name, num_classes, known)
-    return net
+    if checkpoint is None and not pretrained:
+        return _build(model_name, pretrained=False, num_classes=num_classes, **args), None
+    if checkpoint is None:
+        net, known = _downloaded(model_name, num_classes, args)
+    else:
+        net, known = _from_file(model_name, Path(checkpoint), num_classes, args)
+    if num_classes in (None, known):
+        return net, None
+    _zero_head(net, num_classes)
+    return net, known
 
 
 def check_model_name(model_name: str) -> str:
@@ -100,20 +126,19 @@ def _build(model_name: str, **args: Any) -> nn.Module:
         raise ConfigError(f"timm cannot build {model_name}: {e}; check --model.model_args") from None
 
 
-def _downloaded(model_name: str, num_classes: int | None, args: dict[str, Any]) -> nn.Module:
-    use_own = "give a file you have with --model.checkpoint PATH, or start from random weights with pretrained: false"
+def _downloaded(model_name: str, num_classes: int | None, args: dict[str, Any]) -> tuple[nn.Module, int | None]:
+    here = without_hub(model_name)
     try:
-        return _build(model_name, pretrained=True, num_classes=num_classes, **args)
+        net = _build(model_name, pretrained=True, num_classes=num_classes, **here, **args)
     except _NO_NETWORK as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ConfigError(
-            f"the weights of {model_name} could not be fetched: {reason}. Without network {use_own}"
-        ) from None
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
+        raise WeightsUnavailableError(f"the weights of {model_name} could not be fetched: {reason}") from None
     except RuntimeError as e:
-        raise ConfigError(f"no usable weights for {model_name}: {_short(str(e))}; {use_own}") from None
+        raise WeightsUnavailableError(f"no usable weights for {model_name}: {_short(str(e))}") from None
+    return net, net.pretrained_cfg.get("num_classes")
 
 
-def _from_file(model_name: str, path: Path, num_classes: int | None, args: dict[str, Any]) -> nn.Module:
+def _from_file(model_name: str, path: Path, num_classes: int | None, args: dict[str, Any]) -> tuple[nn.Module, int]:
     weights = _read(path)
     known = _class_count(model_name, weights)
     try:
@@ -123,11 +148,12 @@ def _from_file(model_name: str, path: Path, num_classes: int | None, args: dict[
     except (RuntimeError, KeyError, ValueError) as e:
         raise ConfigError(f"{path} does not fit {model_name}: {_short(str(e))}") from None
     net.pretrained_cfg.pop("state_dict")
+    net.pretrained_cfg["tag"] = (
+        split_model_name_tag(model_name)[1] or None
+    )  # a file is not what timm publishes by default
     if num_classes not in (None, known):
         net.reset_classifier(num_classes)
-        _zero_head(net, num_classes)
-        log.info("%s: its head for %d classes was dropped for a new one with %s", path, known, num_classes)
-    return net
+    return net, known
 
 
 def _read(path: Path) -> dict[str, Tensor]:

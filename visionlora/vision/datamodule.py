@@ -185,7 +185,7 @@ class ImageFolderData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         if self.predict_source is None:
-            raise DataError("nothing to predict: give a file, folder or glob as predict_source")
+            raise DataError("nothing to predict: give a file, folder or glob as --source (in Python: predict_source)")
         paths, preprocess = find_images(self.predict_source), Preprocess(self.input_config)
         self._datasets["predict"] = ImageDataset(paths, None, preprocess, on_error=self.on_error)
         return self._loader(self._datasets["predict"])

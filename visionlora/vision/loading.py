@@ -15,11 +15,17 @@ from visionlora.io import load_adapter, read_adapter
 from visionlora.io.base import check_base
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.merging import head_fingerprint
-from visionlora.vision.backbone import create_backbone
+from visionlora.vision.backbone import base_and_head, create_backbone
 from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.full import read_full
+from visionlora.vision.hub import WeightsUnavailableError
 
 __all__ = ["load_model", "load_transform", "read_record"]
+
+OWN_WEIGHTS = (
+    "If you have its weights as a file: load_model(directory, checkpoint=PATH), in a command --checkpoint PATH, "
+    "in test and predict --model.checkpoint PATH"
+)
 
 
 def load_model(
@@ -72,17 +78,19 @@ def _is_full(directory: Path) -> bool:
 def _base(directory: Path, base: dict[str, Any], checkpoint: str | Path | None) -> nn.Module:
     name, args = _name(directory, base), dict(base["args"])
     try:
-        return create_backbone(name, checkpoint=checkpoint, num_classes=args.pop("num_classes", None), model_args=args)
+        classes = args.pop("num_classes", None)
+        return base_and_head(name, checkpoint=checkpoint, num_classes=classes, model_args=args)[0]
+    except WeightsUnavailableError as e:
+        raise ConfigError(f"the base of {directory} cannot be built: {e}. {OWN_WEIGHTS}") from None
     except ConfigError as e:
-        hint = "" if checkpoint is not None else ". If you have its weights: load_model(directory, checkpoint=PATH)"
-        raise ConfigError(f"the base of {directory} cannot be built: {e}{hint}") from None
+        raise ConfigError(f"the base of {directory} cannot be built: {e}") from None
 
 
 def _adapted(net: nn.Module, directory: Path) -> str:
     try:
         return load_adapter(net, directory)
     except BaseMismatchError as e:
-        raise BaseMismatchError(f"{e}. A base from your own file is loaded with checkpoint=PATH") from None
+        raise BaseMismatchError(f"{e}. {OWN_WEIGHTS}") from None
 
 
 def _whole(directory: Path, record: dict[str, Any]) -> nn.Module:
