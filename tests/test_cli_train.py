@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,31 @@ def config_of(run: Path, name: str = "config.yaml") -> dict[str, Any]:
 def checkpoint_of(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(run / "last.ckpt", weights_only=True)
     return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Let the disk be full for every file above a size."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def own_images(run: Path, broken: str) -> None:
+    """Give a test images of its own, one of them an empty file."""
+    shared = Path("data").resolve()
+    Path("data").unlink()
+    shutil.copytree(shared, "data")
+    Path(broken).write_bytes(b"")
 
 
 # what a run leaves
@@ -346,10 +373,61 @@ def test_a_config_needs_a_value(here: Path, errors: Errors) -> None:
     assert "--config needs a value" in errors()[0]
 
 
-def test_a_loss_that_is_not_finite_ends_with_3(here: Path, errors: Errors) -> None:
+def test_a_loss_that_is_not_finite_ends_with_3_and_keeps_the_last_good_adapter(
+    run: Path, errors: Errors, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, last = contents(run / "adapter"), (run / "last.ckpt").read_bytes()
     words = ["--model.lr", "1e30", "--trainer.max_epochs", "4", "--model.warmup", "0"]
-    assert main(["fit", "--config", "tiny.yaml", *words]) == 3
+    assert main(["fit", "--ckpt_path", str(run), *words]) == 3
+    assert "stopped at step 4, epoch 1; kept from before: runs/tiny/adapter, runs/tiny/last.ckpt" in caplog.text
     assert "nan" in errors()[0].lower()
+    assert contents(run / "adapter") == good
+    assert (run / "last.ckpt").read_bytes() == last
+
+
+def test_an_image_that_cannot_be_read_stops_the_run_by_its_name(run: Path, errors: Errors) -> None:
+    good = contents(run / "adapter")
+    own_images(run, broken="data/night/cat/3.png")
+    assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"]) == 2
+    assert "data/night/cat/3.png: the file is empty" in errors()[0]
+    assert contents(run / "adapter") == good
+
+
+def test_images_that_cannot_be_read_may_be_skipped_and_are_counted(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_images(run, broken="data/night/cat/3.png")
+    skip = ["--data.on_error", "skip"]
+    assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2", *skip]) == 0
+    assert "1 of " in capsys.readouterr().err
+    source = ["--source", "data/night/cat", "--out", "cats"]
+    assert main(["predict", "--adapter", str(run / "adapter"), *source, *skip]) == 0
+    paths = [row["path"] for row in csv.DictReader(Path("cats.csv").read_text().splitlines())]
+    assert sorted(paths) == sorted(f"data/night/cat/{i}.png" for i in range(12) if i != 3)
+
+
+def test_a_full_disk_ends_the_run_with_1_and_keeps_what_was(run: Path, errors: Errors) -> None:
+    before = {**contents(run / "adapter"), **contents(run)}
+    with no_file_above((run / "last.ckpt").stat().st_size // 2):
+        assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"]) == 1
+    assert "cannot write runs/tiny/last.ckpt" in errors()[0]
+    after = {**contents(run / "adapter"), **contents(run)}
+    assert all(after[name] == before[name] for name in ("last.ckpt", "adapter_model.safetensors"))
+
+
+def test_a_cut_checkpoint_goes_on_from_the_one_before(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"]) == 0
+    whole = (run / "last.ckpt").read_bytes()
+    (run / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    good = (run / "previous.ckpt").read_bytes()
+    capsys.readouterr()
+    again = ["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "2"]
+    with no_file_above(len(whole) // 2):
+        assert main(again) == 1
+    assert (run / "previous.ckpt").read_bytes() == good, "the cut file took the place of the good one"
+    assert main(again) == 0
+    assert "previous.ckpt" in capsys.readouterr().err
+    assert checkpoint_of(run)["global_step"] == 4
 
 
 # adapters

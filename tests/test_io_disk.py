@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import resource
 import signal
 import subprocess
@@ -66,6 +67,27 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_processes_that_save_to_one_folder_leave_a_whole_adapter(tmp_path: Path) -> None:
+    model = adapted(net(), target_modules=["hidden"])
+    delta = model.hidden.adapters["default"]["weight"]
+
+    def save_often(value: int) -> None:
+        delta.B.data.fill_(value)
+        for _ in range(15):
+            save_adapter(model, tmp_path, metrics={"step": value})
+
+    writers = [multiprocessing.get_context("fork").Process(target=save_often, args=(value,)) for value in (1, 2, 3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    file = read_adapter(tmp_path)
+    assert (file.tensors["hidden/weight/B"] == file.record["metrics"]["step"]).all()
+    assert not list(tmp_path.glob(".*"))
 
 
 _KILLER = """

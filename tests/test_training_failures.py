@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from training_toy import Points, PointsData, Toy, make_trainer
 
@@ -115,6 +115,17 @@ def test_out_of_memory_says_where_and_what_to_do(tmp_path: Path, allocate: Any) 
         trainer.fit(module, PointsData())
     assert "free" in str(caught.value)
     assert "Halve the batch size" in str(caught.value)
+
+
+def test_a_single_value_in_batch_norm_is_told_with_the_cure(tmp_path: Path) -> None:
+    module = Toy()
+    module.at_step = lambda m, index, loss: loss + nn.BatchNorm1d(6)(torch.ones(1, 6)).sum()
+    trainer = make_trainer(tmp_path, [ExplainFailures()])
+    with (
+        pytest.raises(TrainingError, match=r"training batch 0, \(4, 6\), \(4,\).*raise the batch size"),
+        explained(trainer),
+    ):
+        trainer.fit(module, PointsData())
 
 
 def test_other_errors_stay_themselves(tmp_path: Path) -> None:

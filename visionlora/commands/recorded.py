@@ -10,7 +10,7 @@ from typing import Any
 from visionlora.commands import runs, words
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.text.loading import read_record as read_text_record
-from visionlora.training.checkpoint_io import read_checkpoint
+from visionlora.training.checkpoint_io import newest_readable, read_checkpoint
 from visionlora.vision.loading import read_record
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> t
         return configs, [*flags, "--ckpt_path", "null"]
     if checkpoint == "last":
         flags = [*words.without("run", flags), "--run", "null"]  # go on in the folder that was found
-    own = _of_checkpoint(path)
+    # a damaged checkpoint is no reason to measure another one, only to go on from it
+    path, content = newest_readable(path) if verb == "fit" else (path, read_checkpoint(path))
+    own = _of_checkpoint(content)
     return [*_of_run(path, verb, configs, flags), json.dumps(own), *configs], [*flags, "--ckpt_path", str(path)]
 
 
@@ -72,8 +74,8 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     return [json.dumps(kept)]
 
 
-def _of_checkpoint(path: Path) -> dict[str, Any]:
-    model = read_checkpoint(path).get("hyper_parameters", {})
+def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    model = checkpoint.get("hyper_parameters", {})
     own = {key: v for key, v in model.items() if key not in LINKED and not key.startswith("_")}
     classes = model.get("label_names" if "task_type" in model else "class_names")
     return {"model": own, "data": {"classes": classes, **_input(model.get("data"))}}

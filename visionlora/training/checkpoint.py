@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from visionlora.atomic import atomic_path
-from visionlora.errors import ConfigError
+from visionlora.errors import ConfigError, NonFiniteError
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.ema import averaged
 from visionlora.training.fsdp2 import whole_checkpoints
@@ -129,15 +130,24 @@ class AdapterCheckpoint(Checkpoint):
         self.save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, NonFiniteError):
+            self._tell_the_last_good(trainer)
+            return
         # between two steps (a loader worker died, an image cannot be read) the state is sound; inside one it is not
         sound = in_fit(trainer) and between_steps(trainer) and trainer.global_step > 0
         if sound and isinstance(exception, Exception) and trainer.world_size == 1:
             self.save_last(trainer)
             log.error("the run failed between two steps; go on from %s once the cause is gone", self.last_path)
 
+    def _tell_the_last_good(self, trainer: Trainer) -> None:
+        if in_fit(trainer) and trainer.is_global_zero:
+            kept = [str(path) for path in (self.adapter_path, self.last_path) if path.exists()]
+            where = f"kept from before: {', '.join(kept)}" if kept else "nothing was saved before"
+            log.error("stopped at step %d, epoch %d; %s", trainer.global_step, trainer.current_epoch, where)
+
     def save_last(self, trainer: Trainer) -> Path:
         """Write `last.ckpt`, keep the one before as `previous.ckpt`; every process must call it. Return the path."""
-        if trainer.is_global_zero and self.last_path.exists():
+        if trainer.is_global_zero and zipfile.is_zipfile(self.last_path):  # a cut file must not replace a whole one
             _keep(self.last_path, self.last_path.with_name("previous.ckpt"))
         trainer.save_checkpoint(self.last_path)
         self._saved_at, self._due = trainer.global_step, False

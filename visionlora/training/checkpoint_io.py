@@ -46,26 +46,31 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> Checkpoint:
         if weights_only is False:
             raise ResumeError(f"{path}: checkpoints are read with weights_only=True; leave weights_only away")
-        checkpoint = self._readable(_local(path))
+        _, checkpoint = newest_readable(_local(path))
         if self.inspect is not None:
             self.inspect(checkpoint)
         return checkpoint
 
-    def _readable(self, path: Path) -> Checkpoint:
-        try:
-            return read_checkpoint(path)
-        except ResumeError as broken:
-            for other in _others(path):
-                try:
-                    checkpoint = read_checkpoint(other)
-                except ResumeError:
-                    continue
-                log.warning("%s. Going on from %s instead, the newest readable checkpoint beside it", broken, other)
-                return checkpoint
-            raise
-
     def remove_checkpoint(self, path: str | Path) -> None:
         _local(path).unlink(missing_ok=True)
+
+
+def newest_readable(path: Path) -> tuple[Path, Checkpoint]:
+    """Return a checkpoint and its path: the one asked for, or with a warning the newest readable one beside it.
+
+    Raises ResumeError where none can be read.
+    """
+    try:
+        return path, read_checkpoint(path)
+    except ResumeError as broken:
+        for other in _others(path):
+            try:
+                checkpoint = read_checkpoint(other)
+            except ResumeError:
+                continue
+            log.warning("%s. Going on from %s instead, the newest readable checkpoint beside it", broken, other)
+            return other, checkpoint
+        raise
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

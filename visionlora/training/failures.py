@@ -1,4 +1,4 @@
-"""What went wrong in a run that died of its machine (workers, shared memory, memory), and what to do about it."""
+"""What a run died of (workers, shared memory, memory, a batch of one), and what to do about it."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ class ExplainFailures(Callback):
             self.explanation = _memory_story(exception, self._batch)
         elif _worker_failure(exception):
             self.explanation = _worker_story(exception, trainer)
+        elif str(exception).startswith("Expected more than 1 value per channel"):
+            self.explanation = _lonely_story(self._batch)
 
 
 @contextmanager
 def explained(trainer: Trainer) -> Iterator[None]:
-    """Turn the end of a run by a dead or hanging worker, or for want of memory, into a TrainingError that says so.
+    """Turn the end of a run by a dead worker, want of memory or a batch of one into a TrainingError that says so.
 
     Wrap it around `trainer.fit(...)`; the trainer needs an ExplainFailures callback.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as e:
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
         notes = [c for c in trainer.callbacks if isinstance(c, ExplainFailures)]  # type: ignore[attr-defined]
         if notes and notes[0].explanation and not isinstance(e, VisionLoRAError):
             raise TrainingError(notes[0].explanation) from e
@@ -77,6 +79,13 @@ def _memory_story(error: BaseException, batch: str) -> str:
         f"out of memory in {batch}; {_free_memory()} ({str(error).splitlines()[0] if str(error) else 'no detail'}). "
         "Halve the batch size and double accumulate_grad_batches (same result), use precision bf16-mixed, a smaller "
         "image size or backbone, or fewer workers"
+    )
+
+
+def _lonely_story(batch: str) -> str:
+    return (
+        f"BatchNorm met a single value a channel in {batch}, and one value has no spread: raise the batch size, "
+        "or train in mode lora, linear or norm, where BatchNorm is constant"
     )
 
 
