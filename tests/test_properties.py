@@ -103,6 +103,18 @@ def test_merged_equals_unmerged_and_the_base_comes_back(variant: str, data: st.D
 
 @EVERY
 @given(data=st.data())
+@drawn(10)
+@torch.no_grad()
+def test_strided_inputs_and_odd_sizes_give_what_copies_give(variant: str, data: st.DataObject) -> None:
+    case = data.draw(cases(variant))
+    model, x = put_on(case), case.layer.x
+    strided = torch.stack((x, x), -1)[..., 0]  # every other number of a tensor twice as large
+    assert not strided.is_contiguous() or strided.numel() < 2
+    assert_close(model(strided), model(x), rtol=1e-10, atol=1e-10)
+
+
+@EVERY
+@given(data=st.data())
 @drawn(8)
 @torch.no_grad()
 def test_a_file_gives_back_every_number(variant: str, data: st.DataObject) -> None:

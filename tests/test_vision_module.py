@@ -319,6 +319,15 @@ def test_prediction_gives_probabilities_classes_and_places(tmp_path):
     assert first["paths"][:2] == ["0", "1"]
 
 
+def test_a_batch_of_one_trains_an_adapter(tmp_path):
+    module = classifier(lora=vl.LoraConfig(r=2, norm="affine"))
+    before = [p.clone() for group in module.trainable_groups().values() for p in group]
+    trainer(tmp_path, max_steps=2, max_epochs=1).fit(module, datamodule=Data(batch=1))
+    after = [p for group in module.trainable_groups().values() for p in group]
+    assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert all(p.isfinite().all() for p in after)
+
+
 def test_a_label_outside_the_classes_stops_the_run(tmp_path):
     x, y = images()
     y[5] = 3
