@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_the_page_shows_every_layer_kind_and_promise() -> None:
     page = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text()
     assert all(f"| {label} |" in page for label in ROWS)
     assert all(f"| `{name}` | {promise.__doc__} |" in page for name, promise in PROMISES.items())
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "exactness.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    defined = {
+        name
+        for file in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 30
+    assert named <= defined
 
 
 def test_a_refusal_is_no_crash() -> None:
