@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import functools
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from text_toy import hub
+from text_toy_data import rows as text_rows
 from torch import nn
 
 import visionlora as vl
@@ -27,8 +31,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("sh")).splitlines()
+def commands(language: str = "sh") -> list[list[str]]:
+    lines = "\n".join(blocks(language)).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("visionlora ")]
 
 
@@ -92,3 +96,60 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert shown is not None
     for name in re.findall(r"[\w.]+\.(?:yaml|csv|json|png|ckpt)|adapter(?=/)|tensorboard(?=/)", shown[1]):
         assert (run / name).exists(), name
+
+
+def write_table(path: str, items: list[dict[str, Any]]) -> None:
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(items[0]))
+        writer.writeheader()
+        writer.writerows(items)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_commands_on_text_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table("reviews.csv", text_rows("SEQ_CLS", 60))
+    write_table("new.csv", [{"text": row["text"]} for row in text_rows("SEQ_CLS", 4, 1)])
+    write_table("pairs.csv", text_rows("SEQ_2_SEQ_LM", 60))
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in text_rows("CAUSAL_LM", 60)))
+    asked = [
+        {**row, "id": str(at), "answers": [spelt(row["answers"])]}
+        for at, row in enumerate(text_rows("QUESTION_ANS", 60))
+    ]
+    paragraphs = [{"context": row.pop("context"), "qas": [row]} for row in asked]
+    Path("squad.json").write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": paragraphs}]}))
+    families = {"text_sentiment": "bert", "text_qa": "bert", "text_generate": "gpt2", "text_summarize": "t5"}
+    found = commands("bash")
+    assert [words[1] for words in found] == ["fit"] * 4 + ["predict", "merge"]
+    for words in found:
+        more: list[str] = []
+        if words[1] == "fit":
+            family = families.pop(words[words.index("--config") + 1])
+            if not Path(family).exists():
+                hub(tmp_path / family, family)
+            short = {
+                "data.max_length": "64",
+                "data.cache": "none",
+                "model.max_new_tokens": "4",
+                "trainer.max_epochs": "1",
+            }
+            more = ["--model.model_name", family, "--trainer.accelerator", "cpu"]
+            more += [word for key, value in short.items() for word in (f"--{key}", value)]
+            if family in ("gpt2", "t5"):
+                more += ["--data.max_target_length", "16"]
+            if words[3] == "text_qa":
+                more += ["--data.stride", "8"]
+        if words[1] == "merge":  # the base is a folder here, on the hub it is found by its name
+            more = ["--checkpoint", "bert"]
+        assert main(words[1:] + more) == 0, (words, capsys.readouterr().err)
+    assert not families
+    assert len(Path("predictions.jsonl").read_text().splitlines()) == 4
+    assert Path("merged/config.json").is_file()
+
+
+def spelt(answers: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return an answer as SQuAD's files have it."""
+    return {"text": answers["text"][0], "answer_start": answers["answer_start"][0]}
