@@ -44,6 +44,7 @@ LORA: dict[str, dict[str, Any]] = {
     "lora-affine": {"norm": "affine"},
     "lora-stats": {"norm": "stats-affine"},
     "lora-depthwise": {"modules_to_save": ["conv_dw"]},
+    "lora-lean": {"variant": "fa"},
     "lora-small-cnn": {"norm": "affine", "modules_to_save": ["conv_dw"], "r": 32, "lora_alpha": 64.0},
 }
 """What the variations of LoRA set beside the defaults of LoraConfig."""

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from visionlora.analysis.work import work
 from visionlora.bench.memory import peak_bytes, saved_bytes
-from visionlora.bench.traffic import work
 
 FLOAT = 4
 
@@ -108,3 +108,12 @@ def test_an_operation_written_in_python_is_counted_by_what_it_is_made_of() -> No
     plain = work(lambda: (x * 2 + x).clone().sum() + w.sum())
     assert done.operations == plain.operations
     assert abs(done.moved_bytes - plain.moved_bytes) <= 8  # the 2 is a number in one and a tensor in the other
+
+
+def test_products_in_place_are_counted() -> None:
+    y, z, B = torch.zeros(6, 4), torch.randn(6, 2), torch.randn(2, 4, requires_grad=True)
+    assert work(lambda: y.clone().addmm_(z, B).sum()).flops == 2 * 2 * 6 * 2 * 4
+    stack = torch.zeros(3, 6, 4)
+    assert (
+        work(lambda: stack.clone().baddbmm_(z.expand(3, 6, 2), B.expand(3, 2, 4)).sum()).flops == 3 * 2 * 2 * 6 * 2 * 4
+    )

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionlora.analysis.cost import Way
 from visionlora.analysis.layer import LayerCost, Setting
+from visionlora.analysis.saved import Keeping
 from visionlora.analysis.sizes import Sizes
 from visionlora.core.attach import Adapted, Branched
 from visionlora.core.delta import Delta
+from visionlora.core.fast import chosen_order
 from visionlora.core.geometry import Geometry
 from visionlora.core.kept import keep
-from visionlora.core.orders import choose, forced
+from visionlora.core.orders import forced
 from visionlora.registry import adapted_layers
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of an adapted layer, as it was seen."""
+
+    name: str
+    layer: Adapted
+    sizes: Sizes
+    way: Way
+    saved: int
+    """Bytes kept for the backward pass."""
+
+
 class _Input(NamedTuple):
-    x: Tensor
+    size: int
     keeps: bool
     """Nobody else keeps it."""
     again: int
     """Numbers moved to compute it once more from what somebody else keeps."""
+    needs_grad: bool
 
 
 def adapted_weights(net: nn.Module) -> dict[str, Adapted]:
@@ -38,86 +53,94 @@ def adapted_weights(net: nn.Module) -> dict[str, Adapted]:
     }
 
 
-def calls(net: nn.Module, images: Tensor, setting: Setting) -> list[LayerCost]:
-    """Return every call of an adapted layer in one forward pass, in order."""
-    seen: dict[str, _Input] = {}
-    found: list[LayerCost] = []
-    held: dict[int, Any] = {}
-    """Storages kept for the backward pass: an input among them costs nothing."""
+def watch(net: nn.Module, setting: Setting, keeping: Keeping) -> list[Call]:
+    """Change a model for good: every call of an adapted layer is written down, and takes the order of the setting.
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        held.setdefault(storage._cdata, storage)
-        return t
-
-    def watch(name: str, layer: Adapted) -> list[Any]:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name] = _input(args[0], held)
-
-        def after(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            found.append(_layer_cost(name, layer, seen.pop(name), y, setting))
-
-        return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-
-    layers = {n: layer for n, layer in adapted_weights(net).items() if "weight" in layer.running}
-    hooks = [
-        hook for name, layer in layers.items() if not isinstance(layer, nn.Embedding) for hook in watch(name, layer)
-    ]
-    try:
-        with torch.enable_grad(), saved_tensors_hooks(pack, lambda t: t):
-            net(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    Hooks would not do: a convolution with a hook is not folded with the norm behind it.
+    """
+    calls: list[Call] = []
+    for name, layer in adapted_weights(net).items():
+        if "weight" in layer.running and not isinstance(layer, nn.Embedding):
+            layer.forward = _watched(name, layer, setting, keeping, calls)
+    return calls
 
 
-def _input(x: Tensor, held: dict[int, Any]) -> _Input:
+def layer_cost(call: Call, setting: Setting) -> LayerCost:
+    """Return what a call costs."""
+    deltas, geometry = _deltas(call.layer)
+    change = (0, 0) if call.way not in ("computed", "materialised") else _change_flops(deltas, call.layer)
+    return LayerCost(call.name, _what(call.layer, geometry), call.sizes, call.way, setting.itemsize, call.saved, change)
+
+
+def _watched(name: str, layer: Adapted, setting: Setting, keeping: Keeping, calls: list[Call]) -> Callable[..., Tensor]:
+    own = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given, before = _input(layer, x, setting, keeping), keeping.bytes
+        with forced(setting.order):
+            way = _way(layer, x, setting)
+        with forced(way if way in ("factorised", "merged", "projected") else None):
+            y: Tensor = own(x, *args, **kwargs)
+        calls.append(Call(name, layer, _sizes(layer, given, y), way, keeping.bytes - before))
+        return y
+
+    return forward
+
+
+def _input(layer: nn.Module, x: Tensor, setting: Setting, keeping: Keeping) -> _Input:
+    size, grad = _padded(layer, x), x.requires_grad
     source = keep(x, x.dtype).tensors
-    if len(source) == 1 and source[0] is x:
-        return _Input(x, x.untyped_storage()._cdata not in held, 0)
-    return _Input(x, False, sum(t.numel() for t in source if t is not None) + x.numel())
+    if size == x.numel() and not (len(source) == 1 and source[0] is x):
+        return _Input(size, False, sum(t.numel() for t in source if t is not None) + size, grad)
+    # padding and a change of type make a tensor that nobody else can keep
+    fresh = size != x.numel() or (setting.dtype == "bf16" and x.dtype != setting.computed_in)
+    return _Input(size, fresh or x not in keeping, 0, grad)
 
 
-def _layer_cost(name: str, layer: Adapted, given: _Input, y: Tensor, setting: Setting) -> LayerCost:
-    deltas = [(change, strength) for change, strength in layer.running["weight"] if isinstance(change, Delta)]
-    geometry = deltas[0][0].geometry
-    factors = [factors for delta, _ in deltas if (factors := delta.factors()) is not None]
-    low_rank = isinstance(layer, Branched) and len(factors) == len(deltas)
-    trains_A = not low_rank or any(A.requires_grad for A, _, _ in factors)
-    rank = sum(B.shape[1] for _, B, _ in factors)
+def _padded(layer: nn.Module, x: Tensor) -> int:
+    """Return how many numbers the input has where the layer pads it itself, before it is multiplied."""
+    if not isinstance(layer, nn.modules.conv._ConvNd) or not isinstance(layer, Branched):
+        return x.numel()
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return x.numel()
+    sides = layer._reversed_padding_repeated_twice
+    size = x.shape[0] * x.shape[1]
+    for axis, length in enumerate(reversed(x.shape[2:])):
+        size *= length + sides[2 * axis] + sides[2 * axis + 1]
+    return size
+
+
+def _deltas(layer: Adapted) -> tuple[list[Delta], Geometry]:
+    deltas = [change for change, _ in layer.running["weight"] if isinstance(change, Delta)]
+    return deltas, deltas[0].geometry
+
+
+def _sizes(layer: Adapted, given: _Input, y: Tensor) -> Sizes:
+    deltas, geometry = _deltas(layer)
+    pairs = [pair for delta in deltas if (pair := delta.factors()) is not None]
     transposed = geometry.kind == "conv_transpose"
-    sizes = Sizes(
-        positions=given.x.numel() // (geometry.in_ * geometry.groups) if transposed else y.numel() // geometry.out,
+    return Sizes(
+        positions=given.size // (geometry.in_ * geometry.groups) if transposed else y.numel() // geometry.out,
         out=geometry.out // geometry.groups if transposed else geometry.out,
         taps=geometry.taps * geometry.groups if transposed else geometry.taps,
-        x=given.x.numel(),
+        x=given.size,
         y=y.numel(),
-        rank=rank,
+        rank=sum(B.shape[1] for _, B, _ in pairs),
         groups=geometry.groups,
         conv=geometry.kind == "conv",
-        trains_A=trains_A,
-        needs_input=given.x.requires_grad,
+        trains_A=len(pairs) < len(deltas) or any(A.requires_grad for A, _, _ in pairs),
+        needs_input=given.needs_grad,
         keeps_input=given.keeps,
+        folded=hasattr(y, "normed_by"),
         again=given.again,
     )
-    way = _way(layer, geometry, given.x, sizes, low_rank, setting)
-    change = (0, 0) if low_rank else _change_flops([delta for delta, _ in deltas], layer)
-    return LayerCost(name, _what(layer, geometry), sizes, way, setting.itemsize, change)
 
 
-def _way(layer: Adapted, geometry: Geometry, x: Tensor, sizes: Sizes, low_rank: bool, setting: Setting) -> Way:
+def _way(layer: Adapted, x: Tensor, setting: Setting) -> Way:
     if not isinstance(layer, Branched):
         return "materialised"
-    if not low_rank:
-        return "computed"
-    # as core.fast counts them: of an odd-sized convolution they are not quite the positions of its output
-    positions = x.shape[0] * prod(x.shape[2:]) if sizes.conv else x.shape[:-1].numel()
-    for stride in layer.stride if sizes.conv else ():  # type: ignore[union-attr]
-        positions //= stride
-    with forced(setting.order):
-        kind = setting.device.partition(":")[0]
-        return choose(geometry, sizes.rank, positions, kind, setting.computed_in, frozen_A=not sizes.trains_A)
+    order = chosen_order(layer, x, layer.running["weight"], setting.device.partition(":")[0], setting.computed_in)
+    return "computed" if order is None else order
 
 
 def _change_flops(deltas: list[Delta], layer: Adapted) -> tuple[int, int]:
@@ -128,7 +151,7 @@ def _change_flops(deltas: list[Delta], layer: Adapted) -> tuple[int, int]:
     with torch.enable_grad(), FlopCounterMode(display=False) as forming:
         total = sum((delta.change(base) for delta in deltas), torch.zeros_like(base))
     with FlopCounterMode(display=False) as pulling:
-        total.sum().backward()
+        torch.autograd.backward(total.sum())
     layer.zero_grad(set_to_none=True)
     return forming.get_total_flops(), pulling.get_total_flops()
 

@@ -32,8 +32,6 @@ class Step(NamedTuple):
     flops: int
     moved: int
     """Numbers read and written."""
-    thin: bool = False
-    """One side of the product is a rank: memory bandwidth bounds it."""
 
 
 class Cost(NamedTuple):
@@ -79,9 +77,10 @@ def kept(s: Sizes, way: Way) -> int:
     """
     if way == "materialised":
         return s.x * s.keeps_input + s.weight * s.needs_input
+    scale = s.out * s.folded
     if way in ("factorised", "merged") and not s.trains_A:
-        return s.z
-    return s.x * s.keeps_input + s.z * (way == "factorised")
+        return s.z + scale
+    return s.x * s.keeps_input + s.z * (way == "factorised") + scale
 
 
 def cost(steps: Sequence[Step], itemsize: int, saved: int = 0) -> Cost:
@@ -91,14 +90,14 @@ def cost(steps: Sequence[Step], itemsize: int, saved: int = 0) -> Cost:
 
 def _factorised(s: Sizes) -> list[Step]:
     tA, tB = 2 * s.positions * s.A, 2 * s.positions * s.B
-    steps = [_z(s), Step("y += s B z", tB, s.z + s.B + 2 * s.y, thin=True)]
+    steps = [_z(s), Step("y += s B z", tB, s.z + s.B + 2 * s.y)]
     if s.trains_A or s.needs_input:
         steps.append(_dz(s))
     steps.append(_dB(s))
     if s.trains_A:
         steps.append(_dA(s))
     if s.needs_input:  # a convolution cannot add its result to a tensor: it is written, read and added
-        steps.append(Step("dx += A' dz", tA, s.z + s.A + (4 if s.conv else 2) * s.x, thin=True))
+        steps.append(Step("dx += A' dz", tA, s.z + s.A + (4 if s.conv else 2) * s.x))
     return steps
 
 
@@ -117,8 +116,8 @@ def _projected(s: Sizes) -> list[Step]:
 
 def _formed(s: Sizes, way: Way, change: tuple[int, int]) -> list[Step]:
     form, back = change
-    steps = [Step("W + change", form, 2 * s.weight)] * (1 if way == "materialised" else 2)
-    return [*steps, _dW(s), Step("pull dW back", back, s.weight), *(_again(s) if way == "computed" else [])]
+    formed = Step("W + change", form, 2 * s.weight)
+    return [formed, formed, _dW(s), Step("pull dW back", back, s.weight), *(_again(s) if way == "computed" else [])]
 
 
 def _again(s: Sizes) -> list[Step]:
@@ -130,19 +129,19 @@ def _merge(s: Sizes) -> Step:
 
 
 def _z(s: Sizes) -> Step:
-    return Step("z", 2 * s.positions * s.A, s.x + s.A + s.z, thin=True)
+    return Step("z", 2 * s.positions * s.A, s.x + s.A + s.z)
 
 
 def _dz(s: Sizes) -> Step:
-    return Step("dz", 2 * s.positions * s.B, s.y + s.B + s.z, thin=True)
+    return Step("dz", 2 * s.positions * s.B, s.y + s.B + s.z)
 
 
 def _dA(s: Sizes) -> Step:
-    return Step("dA", 2 * s.positions * s.A, s.z + s.x + s.A, thin=True)
+    return Step("dA", 2 * s.positions * s.A, s.z + s.x + s.A)
 
 
 def _dB(s: Sizes) -> Step:
-    return Step("dB", 2 * s.positions * s.B, s.y + s.z + s.B, thin=True)
+    return Step("dB", 2 * s.positions * s.B, s.y + s.z + s.B)
 
 
 def _dW(s: Sizes) -> Step:

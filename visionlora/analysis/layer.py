@@ -56,7 +56,9 @@ class LayerCost:
     sizes: Sizes
     way: Way
     itemsize: int
-    change: tuple[int, int]
+    saved: int
+    """Bytes this call keeps for the backward pass, counted on the call itself."""
+    change: tuple[int, int] = (0, 0)
     """FLOPs to form a change that is no product of two factors, and to pull a gradient back through it."""
 
     @property
@@ -66,8 +68,8 @@ class LayerCost:
     @property
     def extra(self) -> Cost:
         """What the adapter adds to the floor."""
-        return self.by(self.way)
+        return self.by(self.way)._replace(saved=self.saved)
 
     def by(self, way: Way) -> Cost:
-        """Return what the adapter would add in another order."""
+        """Return what the adapter would add in this order, what is kept by formula."""
         return cost(extra_steps(self.sizes, way, self.change), self.itemsize, kept(self.sizes, way))

@@ -26,6 +26,8 @@ class Sizes:
     """Something before this layer is trained, so that the gradient of its input is computed."""
     keeps_input: bool = True
     """Nobody else keeps the input for the backward pass."""
+    folded: bool = False
+    """The norm that follows is folded in: its scale is kept, a number for every output channel."""
     again: int = 0
     """Numbers read and written to compute the input once more from what is kept anyway."""
 

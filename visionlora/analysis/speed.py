@@ -8,12 +8,12 @@ from time import perf_counter
 
 import torch
 
-from visionlora.analysis.cost import Step
-
 _DENSE, _THIN = (512, 512, 512), (4096, 384, 8)
 """Rows, inner size and columns of the products that are timed."""
 _STREAM = 1 << 22
 """Numbers in a tensor that no cache holds."""
+_DENSITY = 16
+"""FLOPs a byte below which a product counts as thin: one with a rank of 8 has 4, one of 512 rows and columns 85."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Speed:
     start: float
     """Seconds an operation takes that has nothing to do."""
 
-    def seconds(self, step: Step, itemsize: int) -> float:
-        """Return the time of a step that arithmetic or memory bounds, whichever takes longer (the roofline model)."""
-        rate = self.thin if step.thin else self.dense
-        return max(step.flops / rate, itemsize * step.moved / self.bandwidth) + self.start
+    def seconds(self, flops: int, moved_bytes: int) -> float:
+        """Return the time of an operation bounded by arithmetic or by memory (the roofline model)."""
+        rate = self.thin if flops < _DENSITY * moved_bytes else self.dense
+        return max(flops / rate, moved_bytes / self.bandwidth) + self.start
 
 
 def calibrated(device: str = "cpu", dtype: torch.dtype = torch.float32, *, repeats: int = 5) -> Speed:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from visionlora.analysis.work import work
 from visionlora.bench.contestants import Contestant
 from visionlora.bench.memory import peak_bytes, saved_bytes
 from visionlora.bench.settings import Settings
-from visionlora.bench.traffic import work
 from visionlora.bench.workload import Workload
 
 

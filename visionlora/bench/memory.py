@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+
+from visionlora.analysis.saved import Keeping
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells on standard error that there is no GPU
 
@@ -20,18 +21,10 @@ def saved_bytes(forward: Pass, owned: Iterable[Tensor]) -> int:
 
     A storage counts once and whole, however many views of it are kept.
     """
-    own = {_address(t) for t in owned}
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept.setdefault(_address(t), t)  # held, so that no address is used twice
-        return t
-
-    with saved_tensors_hooks(pack, _itself):
+    with (keeping := Keeping(owned)):
         loss = forward()
-    total = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
     loss.backward()
-    return total
+    return keeping.bytes
 
 
 def peak_bytes(forward: Pass, device: str) -> int:
@@ -57,11 +50,3 @@ def _peak_cpu(forward: Pass) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
-
-
-def _itself(t: Tensor) -> Tensor:
-    return t
-
-
-def _address(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()

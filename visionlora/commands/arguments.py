@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from visionlora.bench.settings import ORDERS
 from visionlora.config import did_you_mean
 from visionlora.errors import ConfigError
 
@@ -53,7 +54,19 @@ def info(parser: Parser) -> None:
     parser.add_argument("--model", help="timm name of a backbone: show what would be attached to it")
     parser.add_argument("--num_classes", type=int, help="classes of the head (default: the model's own)")
     parser.add_argument("--layers", action="store_true", help="list every layer of the adapter")
+    parser.add_argument("--cost", action="store_true", help="what a training step costs, layer by layer")
+    step(parser)
     parser.epilog = "--lora.r, --lora.target_modules, ...: the fields of LoraConfig, written as for `visionlora fit`"
+
+
+def step(parser: Parser) -> None:
+    """Declare which training step is counted."""
+    parser.add_argument("--batch", type=int, default=8, help="images in the step (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: automatic mixed precision")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="decides the order of a layer")
+    parser.add_argument("--order", choices=ORDERS, help="force a computation order (default: chosen for each layer)")
+    parser.add_argument("--time", action="store_true", help="also estimate milliseconds: times this machine once")
 
 
 def merge(parser: Parser) -> None:

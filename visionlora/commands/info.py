@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from visionlora.adapt import apply_lora
+from visionlora.commands.cost import told
 from visionlora.commands.parser import ShortErrors
 from visionlora.config import LoraConfig
 from visionlora.errors import ConfigError, VisionLoRAError
@@ -24,6 +26,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Print the adapter in a directory, or the adapter that a LoraConfig means on a model."""
     if (options.adapter is None) == (options.model is None):
         raise ConfigError("expected the directory of an adapter or --model NAME\nvisionlora info --help shows both")
+    if options.cost:
+        print(told(*_subject(options, rest), options))
+        return 0
     if options.model is not None:
         print(would_be_attached(options.model, lora_config(rest), options.num_classes))
         return 0
@@ -32,6 +37,20 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     file = read_adapter(options.adapter)
     print("\n".join([*facts(file), *(["", *layers(file)] if options.layers else [])]))
     return 0
+
+
+def _subject(options: argparse.Namespace, rest: list[str]) -> tuple[str, nn.Module, LoraConfig]:
+    """Return what costs are told of: a title, the backbone without its weights, the adapter."""
+    if options.model is not None:
+        net = create_backbone(options.model, pretrained=False, num_classes=options.num_classes)
+        return options.model, net, lora_config(rest)
+    record = read_adapter(options.adapter).record
+    base = record["base"]
+    if base["name"] is None or "task_type" in (record["data"] or {}):
+        raise ConfigError("costs are told of adapters of timm backbones that record their base; use --model NAME")
+    args = dict(base["args"])
+    net = create_backbone(base["name"], pretrained=False, num_classes=args.pop("num_classes", None), model_args=args)
+    return f"{options.adapter} on {base['name']}", net, LoraConfig.from_dict(record["plan"]["config"])
 
 
 def lora_config(words: list[str]) -> LoraConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ from torch.autograd import forward_ad
 
 from visionlora.core.computed import computation
 from visionlora.core.delta import Change, Delta
-from visionlora.core.geometry import Geometry, materialisable
+from visionlora.core.geometry import Geometry, materialisable, plain
 from visionlora.core.maps import Op, autocast_dtype, compute_dtype
 from visionlora.core.ops import ComputedOp, FrozenOp, LowRankOp, low_rank
-from visionlora.core.orders import choose
+from visionlora.core.orders import Order, choose
 
 Active = Sequence[tuple[Change, float]]
 
@@ -53,10 +54,31 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
+def chosen_order(layer: nn.Module, x: Tensor, changes: Active, device: str, dtype: torch.dtype) -> Order | None:
+    """Return the order a layer would take on this kind of device, None where its change is no product of factors."""
+    deltas = [(change, strength) for change, strength in changes if isinstance(change, Delta)]
+    factors = _factors(deltas)
+    op, x = _op_and_input(layer, x)
+    if op is None or factors is None:
+        return None
+    return _order(x, op, deltas[0][0].geometry, factors, device, dtype)
+
+
+def _order(
+    x: Tensor, op: Op, geometry: Geometry, factors: tuple[Tensor, Tensor, float], device: str, dtype: torch.dtype
+) -> Order:
+    A, B, _ = factors
+    positions = x.shape[0] * prod(x.shape[2:]) if op.dims else x.shape[:-1].numel()
+    for stride in op.stride:
+        positions //= stride
+    trained = torch.is_grad_enabled() and A.requires_grad
+    return choose(geometry, B.shape[1], positions, device, dtype, frozen_A=not trained)
+
+
 def eager(x: Tensor) -> bool:
     """Tell whether the autograd functions may run: a tracer or a transform would have to see through them."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        plain(x)
         and x.is_floating_point()
         and x.numel() > 0
         and not torch.compiler.is_compiling()
@@ -76,12 +98,8 @@ def _low_rank(
     op: Op,
 ) -> Tensor:
     A, B, scale = factors
-    positions = x.shape[0] * x[0, 0].numel() if op.dims else x.shape[:-1].numel()
-    for stride in op.stride:
-        positions //= stride
     dtype = compute_dtype(x)
-    trained = torch.is_grad_enabled() and A.requires_grad
-    order = choose(geometry, B.shape[1], positions, x.device.type, dtype, frozen_A=not trained)
+    order = _order(x, op, geometry, factors, x.device.type, dtype)
     B = B.flatten(1)
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         return LowRankOp.apply(x, weight, bias, A, B, gain, scale, op, order)  # type: ignore[no-any-return]

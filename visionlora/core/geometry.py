@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Kind = Literal["linear", "conv1d_hf", "embedding", "conv", "conv_transpose", "bare"]
 
@@ -134,7 +135,17 @@ def own_output(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 def materialisable(weight: Tensor) -> bool:
     """Tell whether a changed copy of the weight can be formed: quantised weights cannot."""
-    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    return plain(weight) and weight.is_floating_point()
+
+
+def plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is of torch's own kind, with numbers or (visionlora.analysis) without."""
+    return type(tensor) in (nn.Parameter, Tensor, FakeTensor)
+
+
+def hollow(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a shape and no numbers: on the meta device, or while costs are counted."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def widened(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.variant import Variant, factor_dtype
 
 
@@ -61,4 +61,4 @@ def _split(size: int, factor: int) -> tuple[int, int]:
 
 
 def _kaiming(rows: Tensor) -> Tensor:
-    return rows if rows.is_meta else nn.init.kaiming_uniform_(rows, a=5**0.5)
+    return rows if hollow(rows) else nn.init.kaiming_uniform_(rows, a=5**0.5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.init import SPLITS
 from visionlora.variants.low_rank import LowRank, per_group
 from visionlora.variants.variant import materialised, seen_dtype
@@ -28,7 +28,7 @@ class LoRA(LowRank):
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
         split = SPLITS.get(config.init_lora_weights)
-        if split is not None and not weight.is_meta:
+        if split is not None and not hollow(weight):
             self._start_from(materialised(weight, config.init_lora_weights), split)
         taken = split is not None
         self.register_buffer("start_A", self.A.detach().clone() if taken else None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.init import STARTS, kaiming
 from visionlora.variants.variant import Variant, factor_dtype, seen_dtype
 
@@ -56,7 +56,7 @@ def fresh(geometry: Geometry, weight: Tensor, rank: int, config: LoraConfig, *, 
     """Return starting values of A for every group: (groups * r, in, *kernel), or with a kernel of ones."""
     kernel = geometry.kernel if taps else [1] * len(geometry.kernel)
     A = torch.empty(geometry.groups * rank, geometry.in_, *kernel, dtype=factor_dtype(weight), device=weight.device)
-    if not A.is_meta:
+    if not hollow(A):
         for rows in A.view(geometry.groups, rank, -1):
             STARTS.get(config.init_lora_weights, kaiming)(rows)
     return A

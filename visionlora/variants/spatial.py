@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.init import STARTS
 from visionlora.variants.variant import Variant, factor_dtype
 
@@ -24,7 +24,7 @@ class Spatial(Variant):
     def __init__(self, geometry: Geometry, weight: Tensor, rank: int, scale: float, config: LoraConfig) -> None:
         super().__init__(geometry, weight, rank, scale, config)
         A = torch.empty(rank, *geometry.kernel, dtype=factor_dtype(weight), device=weight.device)
-        if not A.is_meta:
+        if not hollow(A):
             STARTS[config.init_lora_weights](A.view(rank, -1))
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(A.new_zeros(geometry.out, geometry.in_, rank))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.low_rank import fresh
 from visionlora.variants.variant import Variant, factor_dtype, seen_dtype
 
@@ -26,7 +26,7 @@ class Tucker(Variant):
         core = torch.empty(
             geometry.groups * rank, rank, *geometry.kernel, dtype=factor_dtype(weight), device=weight.device
         )
-        self.M = nn.Parameter(core if core.is_meta else nn.init.kaiming_uniform_(core, a=5**0.5))
+        self.M = nn.Parameter(core if hollow(core) else nn.init.kaiming_uniform_(core, a=5**0.5))
         self.B = nn.Parameter(core.new_zeros(geometry.out, rank, *ones))
 
     @classmethod

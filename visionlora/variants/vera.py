@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.geometry import Geometry
+from visionlora.core.geometry import Geometry, hollow
 from visionlora.variants.low_rank import per_group
 from visionlora.variants.variant import Variant, factor_dtype, seen_dtype
 
@@ -58,7 +58,7 @@ class VeRA(Variant):
         return self
 
     def _project(self) -> None:
-        if not self.A.is_meta:
+        if not hollow(self.A):
             self.A.copy_(projection("A", tuple(self.A.shape)))
             self.B.copy_(projection("B", tuple(self.B.shape)))
 

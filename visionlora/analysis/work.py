@@ -1,11 +1,15 @@
-"""Work of one forward and backward pass as PyTorch's operations see it: their number, bytes moved, multiplications."""
+"""Work of one forward and backward pass as PyTorch's operations see it: their number, bytes moved, multiplications.
+
+It is counted on tensors with numbers or without (FakeTensor) alike.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,28 +27,55 @@ _UNREAD |= {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_"}
 """Their first tensor gives a shape or is overwritten, and is not read."""
 
 
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+"""Products that PyTorch's registry of FLOPs leaves out."""
+
+
+class Operation(NamedTuple):
+    """One operation that is no view and no allocation."""
+
+    name: str
+    flops: int
+    """Of products and convolutions: two for each multiplication and addition."""
+    moved_bytes: int
+    """Tensors read plus tensors written, each whole."""
+
+
 @dataclass
 class Work:
-    """What operations did. Views and allocations are not operations."""
+    """What operations did."""
 
-    operations: int = 0
-    moved_bytes: int = 0
-    """Tensors read plus tensors written, each whole, by every operation."""
-    flops: int = 0
-    """Of products and convolutions: two for each multiplication and addition."""
+    each: list[Operation] = field(default_factory=list)
+    peak_bytes: int = 0
+    """The most that results of operations took at once; not what an operation needs inside."""
+
+    @property
+    def operations(self) -> int:
+        return len(self.each)
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(operation.moved_bytes for operation in self.each)
+
+    @property
+    def flops(self) -> int:
+        return sum(operation.flops for operation in self.each)
 
 
 def work(forward: Callable[[], Tensor]) -> Work:
     """Return the work of a forward and backward pass."""
-    with _Counting() as counting:
-        forward().backward()
+    counting = _Counting()
+    with counting:
+        torch.autograd.backward(forward())
     return counting.work
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
+        self._live: dict[int, int] = {}
+        """Bytes of results that are still held, by the address of their storage."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,12 +84,20 @@ class _Counting(TorchDispatchMode):
             with self:
                 return body(*args, **kwargs)
         out = func(*args, **kwargs)
+        self._note(_tensors((args, kwargs)), _tensors(out))
         moved = _moved(func, args, kwargs, out)
         if moved:
-            self.work.operations += 1
-            self.work.moved_bytes += moved
-            self.work.flops += _flops(func, args, kwargs, out)
+            self.work.each.append(Operation(func._opname, _flops(func, args, kwargs, out), moved))
         return out
+
+    def _note(self, inputs: Iterator[Tensor], outputs: Iterator[Tensor]) -> None:
+        known = {_address(t) for t in inputs}
+        for t in outputs:
+            storage, address = t.untyped_storage(), _address(t)
+            if address not in known and address not in self._live:
+                self._live[address] = storage.nbytes()
+                weakref.finalize(storage, self._live.pop, address, None)
+        self.work.peak_bytes = max(self.work.peak_bytes, sum(self._live.values()))
 
 
 def _body(func: Any) -> Callable[..., Any] | None:
@@ -99,7 +138,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     packet = func._overloadpacket
     if packet is aten.convolution_backward:
         return _convolution_backward_flops(args)
-    formula = flop_registry.get(packet)
+    formula = flop_registry.get(_IN_PLACE.get(packet, packet))
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
@@ -107,7 +146,7 @@ def _convolution_backward_flops(args: Any) -> int:
     # PyTorch's own formula takes a grouped weight gradient for a dense one: 21 times too much for EfficientNet-B0
     grad, x, weight, transposed, (for_x, for_weight, _) = args[0], args[1], args[2], args[7], args[10]
     positions = x if transposed else grad
-    forward = 2 * positions.shape[0] * prod(positions.shape[2:]) * weight.numel()
+    forward: int = 2 * positions.shape[0] * prod(positions.shape[2:]) * weight.numel()
     return forward * (int(for_x) + int(for_weight))
 
 
@@ -124,4 +163,4 @@ def _size(t: Tensor) -> int:
 
 
 def _address(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    return int(t.untyped_storage()._cdata)  # tensors without numbers have no data_ptr
