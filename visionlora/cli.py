@@ -40,6 +40,11 @@ VERBS = {
     "test": Verb("measure a checkpoint or an adapter on the test images, domain by domain", _LIGHTNING),
     "predict": Verb("classify a file, a folder or a glob; write CSV and JSONL", _LIGHTNING),
     "info": Verb("show what is in an adapter, or what would be attached", "visionlora.commands.info", arguments.info),
+    "plan": Verb(
+        "find the largest adapter in a budget of parameters, memory or time",
+        "visionlora.commands.plan",
+        arguments.plan,
+    ),
     "merge": Verb(
         "fold an adapter into its base: a plain timm checkpoint", "visionlora.commands.merge", arguments.merge
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from visionlora.analysis.budget import Budget, Proposal, plan
 from visionlora.analysis.cost import Cost, Step, Way, extra_steps, floor_steps, kept
 from visionlora.analysis.layer import LayerCost, Setting
 from visionlora.analysis.model import ModelCost, model_cost
@@ -9,9 +10,11 @@ from visionlora.analysis.sizes import Sizes
 from visionlora.analysis.speed import Speed, calibrated
 
 __all__ = [
+    "Budget",
     "Cost",
     "LayerCost",
     "ModelCost",
+    "Proposal",
     "Setting",
     "Sizes",
     "Speed",
@@ -22,4 +25,5 @@ __all__ = [
     "floor_steps",
     "kept",
     "model_cost",
+    "plan",
 ]

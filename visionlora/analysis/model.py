@@ -20,6 +20,7 @@ from visionlora.analysis.saved import Keeping
 from visionlora.analysis.speed import Speed
 from visionlora.analysis.work import Work, work
 from visionlora.config import LoraConfig
+from visionlora.core.blocks import checkpoint_blocks
 from visionlora.core.folding import fold_norms
 from visionlora.registry import adapted_layers, registry_of
 
@@ -84,14 +85,14 @@ def model_cost(
     """
     setting = setting or Setting()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net = _hollow(model)
+        net = hollow_copy(model)
         if config is not None:
             net = apply_lora(remove(net) if adapted_layers(net) else net, config, name=_NAME)
         registry_of(net)
         images = torch.empty(setting.batch, setting.channels, setting.height, setting.width)
         folded = fold_norms(net, images[:1])
         if checkpoint:
-            net.set_grad_checkpointing(True)  # type: ignore[operator]
+            checkpoint_blocks(net, images[:1])
         return _counted(net.train(), images, setting, folded)
 
 
@@ -118,7 +119,7 @@ def _counted(net: nn.Module, images: Tensor, setting: Setting, folded: int) -> M
     )
 
 
-def _hollow(model: nn.Module) -> nn.Module:
+def hollow_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model without numbers: shapes, types and settings alone, as of a model on the CPU."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -55,6 +55,8 @@ def info(parser: Parser) -> None:
     parser.add_argument("--num_classes", type=int, help="classes of the head (default: the model's own)")
     parser.add_argument("--layers", action="store_true", help="list every layer of the adapter")
     parser.add_argument("--cost", action="store_true", help="what a training step costs, layer by layer")
+    parser.add_argument("--order", choices=ORDERS, help="with --cost: force a computation order on every layer")
+    parser.add_argument("--time", action="store_true", help="with --cost: also estimate milliseconds on this machine")
     step(parser)
     parser.epilog = "--lora.r, --lora.target_modules, ...: the fields of LoraConfig, written as for `visionlora fit`"
 
@@ -65,8 +67,20 @@ def step(parser: Parser) -> None:
     parser.add_argument("--size", type=int, help="pixels a side (default: the model's)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: automatic mixed precision")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="decides the order of a layer")
-    parser.add_argument("--order", choices=ORDERS, help="force a computation order (default: chosen for each layer)")
-    parser.add_argument("--time", action="store_true", help="also estimate milliseconds: times this machine once")
+
+
+def plan(parser: Parser) -> None:
+    """Declare the flags of plan."""
+    parser.passed_on = "--lora."
+    parser.usage = "%(prog)s MODEL [--parameters N] [--memory SIZE] [--milliseconds T] [--lora.FIELD VALUE ...]"
+    parser.add_argument("model", help="timm name of a backbone; nothing is downloaded")
+    parser.add_argument("--parameters", help="trained numbers at most, the head's too: 300k, 1.5M")
+    parser.add_argument("--memory", help="weights, optimiser and the peak of a step at most: 400MiB, 8GB")
+    parser.add_argument("--milliseconds", type=float, help="a forward and backward pass at most, estimated")
+    parser.add_argument("--num_classes", type=int, help="classes of the head (default: the model's own)")
+    step(parser)
+    parser.set_defaults(order=None)
+    parser.epilog = "--lora.target_modules, --lora.variant, ...: what the adapter is otherwise"
 
 
 def merge(parser: Parser) -> None:

@@ -27,7 +27,7 @@ class ImageCLI(AdapterCLI):
         "test": "Measure a checkpoint or an adapter on the test images, domain by domain",
         "predict": "Classify a file, a folder or a glob; write CSV and JSONL",
     }
-    STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "lora", "adapter_name")
+    STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "memory", "lora", "adapter_name")
 
     def __init__(self, configs: list[str], args: list[str]) -> None:
         super().__init__(configs, args, ImageClassifier, ImageFolderData)

@@ -53,9 +53,9 @@ def _subject(options: argparse.Namespace, rest: list[str]) -> tuple[str, nn.Modu
     return f"{options.adapter} on {base['name']}", net, LoraConfig.from_dict(record["plan"]["config"])
 
 
-def lora_config(words: list[str]) -> LoraConfig:
+def lora_config(words: list[str], prog: str = "visionlora info") -> LoraConfig:
     """Return the LoraConfig that `--lora.FIELD VALUE` flags mean."""
-    parser = ShortErrors(prog="visionlora info", allow_abbrev=False)
+    parser = ShortErrors(prog=prog, allow_abbrev=False)
     parser.add_class_arguments(LoraConfig, "lora")
     config: LoraConfig = parser.instantiate(parser.parse_args(words)).lora
     return config

@@ -30,6 +30,7 @@ from visionlora.training.gather import whole_in_first_process
 from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.metrics import Result
 from visionlora.vision.module import ImageClassifier
+from visionlora.vision.settings import LEAN
 
 try:
     import resource
@@ -104,7 +105,7 @@ class RunReport(Callback):
                 memory=memory[0],
                 memory_of=memory[1],
                 base_unchanged=unchanged,
-                notes=_notes(self._unknown or "", len(module.class_names)),
+                notes=_notes(self._unknown or "", module),
             )
             self._write(folder, trainer, module, self.closing, after, before)
             self.show(str(self.closing))
@@ -183,8 +184,9 @@ def _ignorance(module: ImageClassifier) -> str:
     return "the base has no head for these classes" if fresh else ""
 
 
-def _notes(unknown: str, classes: int) -> list[str]:
-    return [f"{unknown}: there is no accuracy before; chance is {1 / classes:.1%}"] if unknown else []
+def _notes(unknown: str, module: ImageClassifier) -> list[str]:
+    told = [f"{unknown}: there is no accuracy before; chance is {1 / len(module.class_names):.1%}"] if unknown else []
+    return [*told, LEAN] if module.config is not None and module.config.variant == "fa" else told
 
 
 def _parameters(net: nn.Module) -> int:

@@ -21,6 +21,7 @@ from visionlora.errors import ConfigError
 from visionlora.eva import fit_to_data
 from visionlora.registry import adapter_plan, adapter_state
 from visionlora.targets import head_layers
+from visionlora.vision.backbone import data_config
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,19 @@ def full_groups(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     heads = {p for name in head_layers(net) for p in net.get_submodule(name).parameters()}
     rest = [p for p in net.parameters() if p not in heads]
     return {"head": [p for p in net.parameters() if p in heads], "backbone": rest}
+
+
+def input_of(settings: Any) -> dict[str, Any] | None:
+    """Return what the images of a classifier go through, as recorded or as timm has it; None for an unnamed network."""
+    if settings.data or not settings.model_name:
+        return settings.data  # type: ignore[no-any-return]
+    return data_config(settings.model_name, model_args=settings.model_args)
+
+
+def example_of(net: nn.Module, wanted: dict[str, Any] | None) -> Tensor:
+    """Return one black image of the size a network wants."""
+    size = wanted["input_size"] if wanted else (3, 224, 224)
+    return next(net.parameters()).new_zeros(1, *size)
 
 
 def image_paths(loaders: Any, loader_index: int, batch: Batch) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from visionlora.adapt import apply_lora
 from visionlora.config import LoraConfig, did_you_mean
+from visionlora.core.blocks import checkpoint_blocks
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
 from visionlora.merging import fingerprint
@@ -22,22 +24,26 @@ from visionlora.registry import adapter_parameters
 from visionlora.training.ema import AdapterEMA
 from visionlora.training.optim import parameter_groups, warmup_cosine
 from visionlora.training.sharding import shard
-from visionlora.vision.backbone import create_backbone, data_config
+from visionlora.vision.backbone import create_backbone
 from visionlora.vision.full import save_full
 from visionlora.vision.loops import (
     as_batch,
     class_weight,
+    example_of,
     full_groups,
     image_paths,
+    input_of,
     planned_steps,
     see_data,
     seeded,
     set_names,
 )
 from visionlora.vision.metrics import Result, Scores, check_labels, check_predictions
-from visionlora.vision.settings import RATES, Mode, adapter_config, check_settings
+from visionlora.vision.settings import LEAN, RATES, Memory, Mode, adapter_config, check_settings
 
 __all__ = ["ImageClassifier", "Mode"]
+
+log = logging.getLogger(__name__)
 
 _LORA = LoraConfig()
 
@@ -66,6 +72,10 @@ class ImageClassifier(pl.LightningModule):
         class_weights: weights of the classes in the loss: "none", "balanced" (inverse frequency) or a list.
         ema_decay: average what is trained over steps, validate and ship the average; 0.999 is usual.
         compile: compile the backbone in place with torch.compile.
+        memory: "lean" keeps A of every layer at its random start (variant "fa"): inputs of layers need not be kept for
+            the backward pass. Accuracy can be lower (docs/performance.md). "exact" trains what the LoraConfig says.
+        grad_checkpointing: keep the inputs of blocks alone and compute blocks again in the backward pass (timm's
+            set_grad_checkpointing): the same numbers, less memory, one more forward pass.
         adapter_name: name of the adapter on the model and in its file.
         data: what the images went through (input_size, mean, std ...), stored in the adapter; by default timm's own.
         seed: of the starting values of the adapter.
@@ -93,6 +103,8 @@ class ImageClassifier(pl.LightningModule):
         class_weights: Literal["none", "balanced"] | list[float] = "none",
         ema_decay: float | None = None,
         compile: bool = False,
+        memory: Memory = "exact",
+        grad_checkpointing: bool = False,
         adapter_name: str = "default",
         data: dict[str, Any] | None = None,
         seed: int = 0,
@@ -124,7 +136,7 @@ class ImageClassifier(pl.LightningModule):
         config = LoraConfig.from_dict(dict(lora)) if isinstance(lora, Mapping) else lora
         check_settings(settings)
         self.save_hyperparameters({**settings, "lora": config.to_dict()})
-        self.net, self.config = net.train(), adapter_config(self.hparams.mode, config)
+        self.net, self.config = net.train(), adapter_config(self.hparams.mode, config, self.hparams.memory)
         self._base = fingerprint(net)
         self.class_names = list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
         self.results: dict[str, Result] = {}
@@ -139,6 +151,8 @@ class ImageClassifier(pl.LightningModule):
                 apply_lora(net, self.config, name=self.hparams.adapter_name)
         if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
             raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
+        if self.hparams.grad_checkpointing:
+            checkpoint_blocks(net, example_of(net, input_of(self.hparams)))
         if self.hparams.compile:
             net.compile()
 
@@ -172,6 +186,8 @@ class ImageClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
+        if self.config is not None and self.config.variant == "fa":
+            log.info(LEAN)
         self._class_weight = class_weight(
             self.hparams.class_weights, self.trainer, self.hparams.num_classes, self.device
         )
@@ -235,8 +251,7 @@ class ImageClassifier(pl.LightningModule):
         name, _, tag = h.model_name.partition(".")
         given = {"name": name, "args": h.model_args or {}} | ({"tag": tag} if tag else {})
         metrics = {f"{where}/{key}": v for where, r in self.results.items() for key, v in r.scalars().items()}
-        data = h.data or (data_config(h.model_name, model_args=h.model_args) if name else None)
-        record = {"base": given if name else None, "classes": h.class_names, "data": data, "metrics": metrics}
+        record = {"base": given if name else None, "classes": h.class_names, "data": input_of(h), "metrics": metrics}
         if self.config is None:
             save_full(self.net, directory, **record)
         else:

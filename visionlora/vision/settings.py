@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 from visionlora.config import LoraConfig, check_adapter_name, did_you_mean
 from visionlora.errors import ConfigError
 
 Mode = Literal["lora", "full", "linear", "norm"]
+Memory = Literal["exact", "lean"]
+LEAN = (
+    "A stays at its random start (memory lean): less to keep for the backward pass, at a price in accuracy (signs by "
+    "night @S@, webcam @W@; docs/performance.md)"
+)
+"""What a run with frozen A is told."""
 RATES: dict[str, float] = {"lora": 3e-3, "linear": 1e-2, "norm": 1e-2, "full": 1e-4}
 """Learning rates of AdamW that suit the modes."""
 
 
-def adapter_config(mode: str, lora: LoraConfig) -> LoraConfig | None:
-    """Return the adapter that a mode means; None trains the model in full."""
+def adapter_config(mode: str, lora: LoraConfig, memory: Memory = "exact") -> LoraConfig | None:
+    """Return the adapter that a mode means; None trains the model in full. "lean" freezes A (variant "fa")."""
+    if memory not in ("exact", "lean"):
+        raise ConfigError(f"memory must be exact or lean, got {memory!r}{did_you_mean(str(memory), ['exact', 'lean'])}")
+    if memory == "lean" and mode == "lora":
+        lora = _lean(lora)
     modes = {
         "lora": lora,
         "linear": LoraConfig(target_modules="none", norm="frozen"),
@@ -24,6 +35,14 @@ def adapter_config(mode: str, lora: LoraConfig) -> LoraConfig | None:
     if mode not in modes:
         raise ConfigError(f"mode must be one of {', '.join(modes)}, got {mode!r}{did_you_mean(str(mode), list(modes))}")
     return modes[mode]
+
+
+def _lean(lora: LoraConfig) -> LoraConfig:
+    if lora.variant not in ("lora", "fa"):
+        raise ConfigError(
+            f'memory lean freezes A of plain LoRA, not of variant "{lora.variant}"; set memory exact or variant "lora"'
+        )
+    return replace(lora, variant="fa")
 
 
 def check_settings(settings: dict[str, Any]) -> None:
