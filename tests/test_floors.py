@@ -29,6 +29,7 @@ FLOORS: list[set[str]] = [
     {"core.attach"},
     {"core.norms", "core.relu", "variants"},
     {"core.folding", "core.bank"},
+    {"core.blocks"},
     {"targets"},
     {"plan"},
     {"registry"},

@@ -81,7 +81,8 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (tmp_path / "scenes" / "night").rename(crops / "train")
     (tmp_path / "scenes" / "night_test").rename(crops / "test")
     found = commands()
-    assert [words[1] for words in found] == ["doctor", "fit", "test", "predict", "info", "merge", "combine", "convert"]
+    verbs = ["doctor", "fit", "test", "predict", "info", "plan", "merge", "combine", "convert"]
+    assert [words[1] for words in found] == verbs
     for words in found:
         if words[1] == "combine":  # two cameras that were trained before
             for camera in ("night", "rain"):

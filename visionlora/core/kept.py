@@ -18,6 +18,10 @@ class Kept(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     again: Again
 
+    def recipe(self) -> Kept:
+        """Return it without the tensors: a node that held them itself would outwit checkpointing."""
+        return self._replace(tensors=())
+
     def get(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
         """Return the input from the tensors as they were saved."""
         with torch.no_grad():

@@ -64,8 +64,9 @@ class LowRankOp(torch.autograd.Function):
         thin = not A.requires_grad and order != "projected"
         if thin and z is None:
             z = op(x.to(dtype), A.to(dtype))
-        ctx.again = None if thin else keep(x, dtype)
-        ctx.save_for_backward(weight, A, B, gain, z, *(ctx.again.tensors if ctx.again else ()))
+        kept = None if thin else keep(x, dtype)
+        ctx.again = kept and kept.recipe()
+        ctx.save_for_backward(weight, A, B, gain, z, *(kept.tensors if kept else ()))
         return y
 
     @staticmethod
@@ -128,9 +129,9 @@ class ComputedOp(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(x)
         ctx.op, ctx.compute, ctx.dtype, ctx.like = op, compute, dtype, Like.of(x)
-        ctx.again = keep(x, dtype)
-        ctx.count = len(ctx.again.tensors)
-        ctx.save_for_backward(gain, *ctx.again.tensors, *tensors)
+        kept = keep(x, dtype)
+        ctx.again, ctx.count = kept.recipe(), len(kept.tensors)
+        ctx.save_for_backward(gain, *kept.tensors, *tensors)
         return op(x.to(dtype), gained(compute(*tensors), gain).to(dtype), cast(bias, dtype))
 
     @staticmethod
