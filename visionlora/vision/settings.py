@@ -13,7 +13,7 @@ Mode = Literal["lora", "full", "linear", "norm"]
 Memory = Literal["exact", "lean"]
 LEAN = (
     "A stays at its random start (memory lean): less to keep for the backward pass, at a price in accuracy (signs by "
-    "night @S@, webcam @W@; docs/performance.md)"
+    "night 96.6 % instead of 96.7, webcam 94.2 instead of 95.1; docs/performance.md)"
 )
 """What a run with frozen A is told."""
 RATES: dict[str, float] = {"lora": 3e-3, "linear": 1e-2, "norm": 1e-2, "full": 1e-4}
