@@ -263,6 +263,24 @@ def test_dropout_thins_the_rank_in_training_only(variant: str, kind: str) -> Non
     assert any((model(x) - first).abs().max() > 1e-3 for _ in range(12))
 
 
+@pytest.mark.parametrize(("variant", "kind"), [(v, k) for v, k in CASES if "attention" not in k])  # which draws thrice
+def test_dropout_has_the_gradients_of_what_it_left(variant: str, kind: str) -> None:
+    model, x = adapted(variant, kind, lora_dropout=0.5)
+    stir(model)
+    path, _, delta = seat(model.train())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    y = model(x)
+    torch.manual_seed(0)
+    base, geometry = vl.base_state_dict(model)[path].detach(), delta.geometry
+    dense = base + geometry.stored(delta.change(geometry.canonical(base)))
+    truth = torch.func.functional_call(vl.remove(copy.deepcopy(model)), {path: dense}, x)
+    assert_close(y, truth)
+    grads = (torch.autograd.grad(t.square().sum(), parameters, allow_unused=True) for t in (y, truth))
+    for ours, exact in zip(*grads, strict=True):
+        assert_close(ours, exact)
+
+
 @EVERY
 def test_lower_precision_stays_near_float64(variant: str, kind: str) -> None:
     model, x = adapted(variant, kind)
