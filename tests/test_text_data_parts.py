@@ -102,6 +102,12 @@ def test_too_few_to_divide_names_the_cure() -> None:
         divide(labelled(split="test"), Division())
 
 
+def test_splits_without_training_say_what_there_is() -> None:
+    tested = labelled(TEXTS[:20], split="val") + labelled(TEXTS[20:50], split="test")
+    with pytest.raises(DataError, match="the files name val: 20, test: 30 alone; give one file as root"):
+        divide(tested, Division())
+
+
 def test_label_names() -> None:
     assert label_list(labelled()) == ["a", "b", "c"]
     numbers = [Example({"text": "t", "label": label}, "") for label in ("10", "9", 2.0)]

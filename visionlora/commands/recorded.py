@@ -60,7 +60,7 @@ def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
 
 
 def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list[str]:
-    """Return, as a config, where the run of a checkpoint or an adapter had its base and its images."""
+    """Return, as a config, where the run of a checkpoint or an adapter had its base and its data."""
     run = runs.run_of(path)
     if run is None:
         return []
@@ -69,7 +69,7 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     own = ("model_name", *WRITING) if model.get("task_type") else ("checkpoint",)
     kept: dict[str, Any] = {"model": {key: model.get(key) for key in own if key in model}}
     if verb != "predict" and not words.data_is_given(configs, flags):
-        log.info("images as in %s", run / runs.CONFIG)
+        log.info("data as in %s", run / runs.CONFIG)
         kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
     return [json.dumps(kept)]
 

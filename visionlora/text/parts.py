@@ -122,7 +122,7 @@ def _target(
     own = [example for example in examples if example.domain in domains]
     pool = [example for example in own if example.split in (None, "train")]
     if not pool:
-        raise DataError(f"no training examples{f' in the domains {domains}' if any(domains) else ''}")
+        raise DataError(f"no training examples{f' in the domains {domains}' if any(domains) else ''}{_named_only(own)}")
     val, test = _of_split(own, "val"), _of_split(own, "test")
     if division.test_domains is not None:
         test = _of_domains(examples, division.test_domains)
@@ -134,6 +134,13 @@ def _target(
     if val and not test:
         logger.warning("no test examples: the target test is the validation part, which also chooses the best adapter")
     return train, val, test or val
+
+
+def _named_only(examples: Sequence[Example]) -> str:
+    counts = Counter(str(example.split) for example in examples)
+    told = ", ".join(f"{split}: {counts[split]}" for split in ("val", "test") if counts[split])
+    cure = "give one file as root, which is then divided, or another with val_root and test_root"
+    return f": the files name {told} alone; {cure}" if told else ""
 
 
 def _split(pool: Sequence[Example], shares: list[float], division: Division) -> list[list[Example]]:
