@@ -571,3 +571,11 @@ def test_a_signal_saves_and_ends_with_its_code(number: signal.Signals, code: int
     assert "go on from runs/tiny/last.ckpt" in err
     assert "Traceback" not in err
     assert checkpoint_of(Path("runs/tiny"))["global_step"] > 0
+
+
+def test_a_run_with_frozen_A_says_what_that_can_cost(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--model.memory", "lean", "--model.grad_checkpointing", "true"]) == 0
+    told = capsys.readouterr()
+    for text in (told.err, told.out):
+        assert "A stays at its random start (memory lean)" in text
+    assert read_adapter("runs/tiny/adapter").record["plan"]["config"]["variant"] == "fa"
