@@ -246,7 +246,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, dropout: flo
     wake(model.eval(), x)
     vl.apply_lora(model, vl.LoraConfig(r=4, lora_dropout=dropout))
     stir(model)
-    plain = gradients(model.train(), x)
+    gradients(
+        model.train(), x
+    )  # the first training pass finds norms to fold: the next ones are rounded in another order
+    plain = gradients(model, x)
     model.set_grad_checkpointing()
     assert_close(gradients(model, x), plain, rtol=0, atol=0)
     assert dropout or all(grad.abs().max() > 0 for key, grad in plain.items() if key.endswith((".A", ".B")))
