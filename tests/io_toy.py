@@ -14,8 +14,8 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 import visionlora as vl
+from visionlora.core.digest import tensor_digest
 from visionlora.io.read import WEIGHTS
-from visionlora.merging import tensor_digest
 from visionlora.registry import adapted_layers
 
 

@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {
         "core.geometry",
         "core.thin",
+        "core.digest",
         "core.delta",
         "core.computed",
         "core.kept",

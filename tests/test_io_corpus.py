@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from io_toy import assert_same, forge, look, net, put_together, saved, take_apart
 
+from visionlora.core.digest import tensor_digest
 from visionlora.errors import AdapterFileError
 from visionlora.io import load_adapter, read_adapter
 from visionlora.io.header import MAX_HEADER
 from visionlora.io.read import WEIGHTS
-from visionlora.merging import tensor_digest
 
 A = "base_model.model.hidden.lora_A.weight"
 

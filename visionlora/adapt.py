@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import LoraConfig
-from visionlora.core.attach import attach, detach, set_active
+from visionlora.core.attach import Adapted, attach, detach, own_modules, set_active
 from visionlora.core.delta import Value
 from visionlora.core.folding import fold_when_trained, forget_folding
 from visionlora.core.norms import STATISTICS
@@ -60,7 +60,7 @@ def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainab
             del model._visionlora
         raise TargetError(f"layer {layer_name} of class {type(layer).__name__} cannot be adapted: {e}") from None
     registry.plans[name], registry.trainable[name] = plan, trainable
-    _set_grads(model, registry)
+    _set_grads(own_modules(model).values(), registry, {name})
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -98,16 +98,13 @@ def activate(model: nn.Module, name: str | list[str] | dict[str, float], strengt
     registry = registry_of(model)
     chosen = _chosen(model, name, strength)
     _check_owners(registry, chosen)
-    _set_active(model, registry, chosen)
-    _set_grads(model, registry)
+    _switch(model, registry, chosen)
     return model
 
 
 def deactivate(model: nn.Module) -> nn.Module:
     """Change the model in place: run the base. Adapters stay attached."""
-    registry = registry_of(model)
-    _set_active(model, registry, {})
-    _set_grads(model, registry)
+    _switch(model, registry_of(model), {})
     return model
 
 
@@ -243,9 +240,34 @@ def _set_active(model: nn.Module, registry: Registry, active: dict[str, float]) 
         set_active(layer, active)
 
 
-def _set_grads(model: nn.Module, registry: Registry) -> None:
-    model.requires_grad_(False)
-    for name in registry.active:
-        for group in adapter_parameters(model, name).values():
-            for parameter in group.values():
-                parameter.requires_grad_(registry.trainable[name])
+def _switch(model: nn.Module, registry: Registry, active: dict[str, float]) -> None:
+    touched = {*registry.active, *active}
+    registry.active = active
+    modules = own_modules(model)  # walked once: a switch is a matter of two milliseconds
+    for module in modules.values():
+        if isinstance(module, Adapted):
+            set_active(module, active)
+    _set_grads(modules.values(), registry, touched)
+
+
+def _set_grads(modules: Iterable[nn.Module], registry: Registry, names: set[str]) -> None:
+    """Freeze the base, and these adapters but those that are active and trainable."""
+    for module in modules:
+        _require(module, False)
+        if isinstance(module, Adapted):
+            for name in names & module.adapters._modules.keys():
+                wanted = name in registry.active and registry.trainable[name]
+                _require_all(module.adapters[name], wanted)
+
+
+def _require_all(module: nn.Module, wanted: bool) -> None:
+    _require(module, wanted)
+    for below in module._modules.values():
+        if below is not None:
+            _require_all(below, wanted)
+
+
+def _require(module: nn.Module, wanted: bool) -> None:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)

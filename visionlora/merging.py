@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.core.attach import STATE, Adapted, strip
+from visionlora.core.digest import known_digest, tensor_digest
 from visionlora.errors import StateError
 from visionlora.plan import base_tensor
 from visionlora.registry import Registry, adapted_layers, registry_of
@@ -62,36 +64,47 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors under the keys timm and transformers gave them; merged ones after merge."""
+    own = _base_tensors(model)
+    return {key: tensor.detach() if isinstance(tensor, Tensor) else tensor for key, tensor in own.items()}
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
     # a module that the model holds under two names shows its adapters under both
     modules = model.named_modules(remove_duplicate=False)
     inside = tuple(f"{name}.adapters.".removeprefix(".") for name, m in modules if isinstance(m, Adapted))
-    return {key: tensor for key, tensor in model.state_dict().items() if not (inside and key.startswith(inside))}
+    state = model.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if not (inside and key.startswith(inside))}
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 of the base: names, types, shapes and bytes, without the head, which every adapter replaces."""
-    if "_visionlora" in model.__dict__:
-        registry_of(model)
-    heads = tuple(f"{name}." for name in head_layers(model))
-    digest = hashlib.sha256()
-    for key, tensor in sorted(base_state_dict(model).items()):
-        if not (heads and key.startswith(heads)) and not key.endswith("num_batches_tracked"):
-            digest.update(tensor_digest(key, tensor))
-    return digest.hexdigest()
+    return _fingerprint(model, tensor_digest)
+
+
+def known_fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint from the digests of tensors that nobody has written to since they were computed."""
+    return _fingerprint(model, known_digest)
 
 
 def head_fingerprint(model: nn.Module) -> str:
     """Return a SHA-256 over the base's own head."""
+    own = {
+        f"{name}.{key}".removeprefix("."): tensor
+        for name in head_layers(model)
+        for key, tensor in _base_tensors(model.get_submodule(name)).items()
+    }
+    return hashlib.sha256(b"".join(tensor_digest(key, tensor) for key, tensor in sorted(own.items()))).hexdigest()
+
+
+def _fingerprint(model: nn.Module, digest_of: Callable[[str, Tensor], bytes]) -> str:
+    if "_visionlora" in model.__dict__:
+        registry_of(model)
     heads = tuple(f"{name}." for name in head_layers(model))
-    own = {key: tensor for key, tensor in sorted(base_state_dict(model).items()) if heads and key.startswith(heads)}
-    return hashlib.sha256(b"".join(tensor_digest(key, tensor) for key, tensor in own.items())).hexdigest()
-
-
-def tensor_digest(key: str, tensor: Tensor) -> bytes:
-    """Return the SHA-256 of a named tensor: name, type, shape and bytes."""
-    digest = hashlib.sha256(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
+    digest = hashlib.sha256()
+    for key, tensor in sorted(_base_tensors(model).items()):
+        if not (heads and key.startswith(heads)) and not key.endswith("num_batches_tracked"):
+            digest.update(digest_of(key, tensor))
+    return digest.hexdigest()
 
 
 def _fold(layer: Adapted, merged: dict[str, Tensor | None]) -> Stashed:

@@ -56,7 +56,7 @@ class Plan:
     def from_record(cls, model: nn.Module, record: dict[str, Any]) -> Plan:
         """Return the plan a record describes. Raises TargetError for a layer or tensor the model does not have."""
         config = LoraConfig.from_dict(record["config"])
-        layers = dict(model.named_modules())
+        layers = own_modules(model)
         for name in (*(_owner(n, entry) for n, entry in record["layers"].items()), *record["values"]):
             if name not in layers:
                 near = did_you_mean(name, list(layers))
@@ -87,7 +87,7 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
         for name, attributes in values.items()
         if name not in targeted
     }
-    for name, layer in model.named_modules():
+    for name, layer in own_modules(model).items():
         attributes = dict.fromkeys(norm_values(layer, config.norm), "norm") if is_norm(layer) else {}
         if config.bias == "all" or (config.bias == "lora_only" and name in targeted):
             attributes |= {"bias": "bias"} if layer._parameters.get("bias") is not None else {}

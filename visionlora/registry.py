@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionlora.config import check_adapter_name, did_you_mean
-from visionlora.core.attach import Adapted, whole
+from visionlora.core.attach import Adapted, own_modules, whole
 from visionlora.core.delta import Delta
 from visionlora.errors import StateError
 from visionlora.plan import Plan
@@ -58,7 +58,7 @@ def active_adapters(model: nn.Module) -> dict[str, float]:
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """Return the layers that carry adapters, by name: the one definition of what an adapter parameter is."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Adapted)}
+    return {name: layer for name, layer in own_modules(model).items() if isinstance(layer, Adapted)}
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, dict[str, nn.Parameter]]:

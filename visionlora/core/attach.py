@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -167,8 +168,24 @@ def own_class(layer: nn.Module) -> type[nn.Module]:
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the model's modules by name, without those that adapters brought along."""
-    inside = tuple(f"{name}.adapters".removeprefix(".") for name, m in model.named_modules() if isinstance(m, Adapted))
-    return {name: m for name, m in model.named_modules() if not any(f"{name}.".startswith(f"{i}.") for i in inside)}
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:  # in the order of named_modules, which also looks at every part of every adapter
+        name, module = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+            hidden = "adapters" if isinstance(module, Adapted) else None
+            below = [(key, m) for key, m in module._modules.items() if m is not None and key != hidden]
+            todo += [(f"{name}.{key}" if name else key, m) for key, m in reversed(below)]
+    return found
+
+
+def own_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers that adapters did not bring along."""
+    for module in own_modules(model).values():
+        yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
 
 def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted]) -> None:
@@ -185,11 +202,13 @@ def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[
 
 def set_active(layer: Adapted, active: dict[str, float]) -> None:
     """Change the layer in place: run these of its adapters, each at its strength; names of others are passed over."""
-    layer.active = {name: strength for name, strength in active.items() if name in layer.adapters}
-    layer.running = {}
-    for name, strength in layer.active.items():
-        for attribute, change in layer.adapters[name].items():  # type: ignore[operator]
-            layer.running.setdefault(attribute, []).append((change, strength))
+    adapters = layer.adapters._modules
+    own = {name: strength for name, strength in active.items() if name in adapters}
+    running: dict[str, list[tuple[Change, float]]] = {}
+    for name, strength in own.items():
+        for attribute, change in adapters[name]._modules.items():
+            running.setdefault(attribute, []).append((change, strength))  # type: ignore[arg-type]
+    layer.__dict__.update(active=own, running=running)  # no tensors: nn.Module need not look at them
 
 
 def detach(layer: Adapted, name: str) -> None:

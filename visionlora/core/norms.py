@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from visionlora.config import Norm
-from visionlora.core.attach import Adapted, own_class
+from visionlora.core.attach import Adapted, own_class, own_modules
 from visionlora.core.delta import Value
 from visionlora.core.fast import Affine
 from visionlora.errors import StateError
@@ -60,7 +60,7 @@ def is_norm(layer: nn.Module) -> bool:
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers whose statistics would drift in training, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {n: m for n, m in own_modules(model).items() if isinstance(m, _BatchNorm)}
 
 
 def norm_values(layer: nn.Module, policy: Norm) -> dict[str, Value]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from visionlora.core.attach import own_class
+from visionlora.core.attach import own_class, own_tensors
 from visionlora.errors import BaseMismatchError, ConfigError
-from visionlora.merging import base_state_dict, fingerprint, head_fingerprint
+from visionlora.merging import fingerprint, head_fingerprint, known_fingerprint
 from visionlora.targets.heads import is_transformers
 
 UNTRAINED = "untrained"
 """timm's tag for an architecture without published weights, which names none."""
 
 
-def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, Any]:
+def describe_base(
+    model: nn.Module, given: dict[str, Any] | None, print_of: Callable[[nn.Module], str] = fingerprint
+) -> dict[str, Any]:
     """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
     given, known = given or {}, _timm_name(model)
     for field in given:
@@ -27,14 +30,14 @@ def describe_base(model: nn.Module, given: dict[str, Any] | None) -> dict[str, A
         "args": {**_timm_args(model), **given.get("args", {})} if known else dict(given.get("args", {})),
         "class": own_class(model).__name__,
         "dtype": _dtype(model),
-        "fingerprint": fingerprint(model),
+        "fingerprint": print_of(model),
         "head_fingerprint": head_fingerprint(model),
     }
 
 
 def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
     """Raise BaseMismatchError unless the model is the very base the adapter was trained on."""
-    came = describe_base(model, None)
+    came = describe_base(model, None, known_fingerprint)
     if is_transformers(model) and recorded["class"] not in (None, came["class"]):
         raise BaseMismatchError(
             f"the adapter was trained on a {recorded['class']}, this model is a {came['class']}: another task or "
@@ -80,5 +83,5 @@ def _timm_args(model: nn.Module) -> dict[str, Any]:
 
 
 def _dtype(model: nn.Module) -> str | None:
-    tensors: list[Tensor] = [t for t in base_state_dict(model).values() if t.is_floating_point()]
-    return str(tensors[0].dtype).removeprefix("torch.") if tensors else None
+    dtype = next((t.dtype for t in own_tensors(model) if t.is_floating_point()), None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from visionlora.adapt import activate, attach_plan
+from visionlora.core.attach import own_tensors
 from visionlora.core.delta import Value
 from visionlora.errors import AdapterFileError, BaseMismatchError, TargetError
 from visionlora.io.base import check_base
@@ -83,10 +84,6 @@ def _wanted(model: nn.Module, file: AdapterFile, with_head: bool) -> tuple[dict[
 
 def _check_fit(model: nn.Module, plan: Plan, file: AdapterFile) -> None:
     """Raise BaseMismatchError where a tensor does not fit its layer, before anything is allocated for it."""
-    inside = tuple(f"{layer}.adapters." if layer else "adapters." for layer in adapted_layers(model))
-    for layer in (*(site.layer for site in plan.sites), *plan.values):
-        if inside and f"{layer}.".startswith(inside):
-            raise TargetError(f"{layer!r} is part of an adapter, not of {type(model).__name__}")
     for site in plan.sites:
         for key, shape in _site_shapes(site, plan).items():
             _check_shape(key, shape, file)
@@ -152,6 +149,5 @@ def _unanchor(model: nn.Module, name: str, plan: Plan) -> None:
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted(
-        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
+    devices = {t.device for t in own_tensors(model)}
+    return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})

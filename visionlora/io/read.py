@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visionlora.core.digest import tensor_digest
 from visionlora.errors import AdapterFileError
 from visionlora.io.header import Header, open_inside, read_header, read_tensors
 from visionlora.io.keys import OURS, as_used, core_key
 from visionlora.io.peft_config import plan_from_peft
 from visionlora.io.record import FORMAT_VERSION, RECORD, check_agreement, check_record, from_metadata, to_text
 from visionlora.io.strict import parse_object
-from visionlora.merging import tensor_digest
 
 WEIGHTS, PEFT_CONFIG, MIRROR, CARD = "adapter_model.safetensors", "adapter_config.json", "visionlora.json", "README.md"
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visionlora.atomic import atomic_path
 from visionlora.core.delta import Value
+from visionlora.core.digest import tensor_digest
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.base import describe_base
 from visionlora.io.card import GENERATED, card
@@ -24,7 +25,6 @@ from visionlora.io.plain import as_plain
 from visionlora.io.read import CARD, MIRROR, PEFT_CONFIG, WEIGHTS
 from visionlora.io.record import FORMAT_VERSION, TEXT, check_agreement, check_record, to_metadata, versions
 from visionlora.io.strict import is_finite
-from visionlora.merging import tensor_digest
 from visionlora.plan import Plan
 from visionlora.registry import adapted_layers, adapter_plan, adapter_state
 

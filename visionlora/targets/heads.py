@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from visionlora.core.attach import own_class
+from visionlora.core.attach import own_class, own_modules
 
 _TOP_NAMES = ("fc", "classifier", "head", "heads")  # where torchvision and plain models keep their classifier
 _TASK_NAMES = ("classifier", "score", "qa_outputs", "pre_classifier", "classification_head")  # where transformers does
@@ -23,9 +23,9 @@ def head_layers(model: nn.Module) -> list[str]:
     heads = [*_classifiers(model), *new]
     found = [
         f"{name}.{leaf}" if leaf else name
-        for name, module in model.named_modules()
+        for name, module in own_modules(model).items()
         if any(module is head for head in heads)
-        for leaf, layer in module.named_modules()
+        for leaf, layer in own_modules(module).items()
         if layer._parameters.get("weight") is not None
     ]
     return list(dict.fromkeys(found))
