@@ -152,6 +152,17 @@ def test_a_first_training_pass_that_fails_leaves_no_watcher_behind() -> None:
     assert folded(model) == 0
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_checkpointed_block_runs_twice_alike(steps: int) -> None:
+    model = stirred(vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2)))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    truth = gradients(copy.deepcopy(model).train(), x)
+    model.set_grad_checkpointing(True)
+    for _ in range(steps):
+        for key, grad in gradients(model.train(), x).items():
+            assert_close(grad, truth[key], rtol=1e-8, atol=1e-9)
+
+
 def test_a_base_that_is_given_back_keeps_no_hook() -> None:
     model = vl.apply_lora(timm.create_model("resnet10t"), vl.LoraConfig(r=2))
     vl.remove(model)

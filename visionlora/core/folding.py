@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.core.attach import Branched
+from visionlora.core.kept import moved_elsewhere
 from visionlora.core.norms import FrozenNorm
 
 _Calls = dict[Any, list[tuple[Tensor, Any]]]
@@ -82,6 +83,8 @@ class _Watch:
         self.hooks += [norm.register_forward_pre_hook(self._before) for norm in norms]
 
     def _after(self, conv: nn.Module, _: Any, out: Tensor) -> None:
+        if moved_elsewhere():  # a checkpointed block: folded from now on, its second run would differ from this one
+            return
         self.made.setdefault(conv, []).append((out, out.grad_fn))
 
     def _before(self, norm: nn.Module, args: tuple[Tensor]) -> None:
