@@ -158,13 +158,14 @@ def fit(net: nn.Module, data: ImageFolderData, classes: int, epochs: int, seed: 
     return {"target": scores["target"], "source": scores["source"], "trained": trained, "seconds": round(seconds, 1)}
 
 
-def base_of(task: Task, name: str, table: Path, weights: Path, work: Path) -> nn.Module:
-    """Return the network that knows the source; train it on first use."""
+def base_of(task: Task, name: str, table: Path, weights: Path, work: Path, which_base: str | None) -> nn.Module:
+    """Return the network that knows the source; train it on first use, once for every name of a base."""
     net = task.backbone(weights)
     if not task.base_epochs:
         return net
     with_classes(net, task.classes)
-    path = work / f"{task.backbone.__name__}-{task.folder}.safetensors"
+    kept = "-".join(part for part in (task.backbone.__name__, task.folder, which_base) if part)
+    path = work / f"{kept}.safetensors"
     if not path.exists():
         rate = 1e-3 if task.backbone is mobilenet_v1 else 3e-4
         scores = fit(net, data_of(task, table, "source", 0), task.classes, task.base_epochs, 0, mode="full", lr=rate)
@@ -176,7 +177,7 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path) -> nn
 
 def runs(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what says which run it is: seed, mode, learning rate, and what else was asked for."""
-    asked = {key: value for key in ("epochs", "folds", "lora") if (value := getattr(args, key)) is not None}
+    asked = {key: value for key in ("epochs", "folds", "lora", "base") if (value := getattr(args, key)) is not None}
     if not asked:
         yield {"mode": "before", "seed": None, "lr": None}
     for seed in args.seeds:
@@ -196,7 +197,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
             continue
         seed = run["seed"] or 0
         write_parts(task, args.data, table, (seed, args.folds) if args.folds else None)
-        net = base_of(task, name, table, args.weights, args.work)
+        net = base_of(task, name, table, args.weights, args.work, args.base)
         epochs = 0 if run["mode"] == "before" else run.get("epochs", task.epochs)
         scores = fit(net, data_of(task, table, "target", seed), task.classes, epochs, seed, **settings_of(run))
         append(args.out, run | scores | ({"trained": 0} if run["mode"] == "before" else {}))
@@ -225,6 +226,7 @@ def main() -> None:
         "--folds", type=int, help="test on the target's training images: seed k on the k-th of so many parts"
     )
     parser.add_argument("--lora", type=json.loads, help="""more settings of LoraConfig: '{"r": 32}'""")
+    parser.add_argument("--base", help="name of a base of its own: another training of it; rows are kept apart")
     parser.add_argument("--table", type=Path, help="print the tables of a results file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")

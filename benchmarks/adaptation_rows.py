@@ -45,7 +45,8 @@ def grouped(rows: list[dict[str, Any]], key: Callable[[dict[str, Any]], str]) ->
 
 
 def heading_of(row: dict[str, Any]) -> str:
-    return f"{row['task']}, {row['folds']} folds of its training images" if "folds" in row else row["task"]
+    folds = f"{row['folds']} folds of its training images" if "folds" in row else ""
+    return ", ".join(part for part in (row["task"], folds, f"base {row['base']}" if "base" in row else "") if part)
 
 
 def label_of(row: dict[str, Any]) -> str:
