@@ -138,9 +138,12 @@ def test_the_first_training_pass_finds_the_norms() -> None:
     with torch.no_grad():
         model.train()(x)
     assert folded(model) == 0
+    draw = torch.random.get_rng_state()
     model(x)
     assert folded(model) > 5
+    assert torch.equal(torch.random.get_rng_state(), draw)
     assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
@@ -150,6 +153,25 @@ def test_a_first_training_pass_that_fails_leaves_no_watcher_behind() -> None:
         model(torch.randn(2, 5, 32, 32))
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
     assert folded(model) == 0
+
+
+def test_a_resumed_step_is_bit_for_bit_the_step_of_a_run_that_went_on() -> None:
+    base = stirred(timm.create_model("resnet10t", num_classes=4)).float()
+    images = torch.randn(3, 2, 3, 32, 32)
+
+    def trained(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
+        for batch in batches:
+            gradients(model.train(), batch)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.01 * parameter.grad
+        return copy.deepcopy(model.state_dict())
+
+    model, resumed = (vl.apply_lora(copy.deepcopy(base), vl.LoraConfig(r=2)) for _ in range(2))
+    resumed.load_state_dict(trained(model, *images[:2]))
+    truth, found = trained(model, images[2]), trained(resumed, images[2])
+    assert all(torch.equal(tensor, truth[key]) for key, tensor in found.items())
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -140,6 +140,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Tell whether FSDP2 manages the module's parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor sharded over processes in one piece (all of them must ask), any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -186,6 +192,12 @@ def own_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yield the parameters and buffers that adapters did not bring along."""
     for module in own_modules(model).values():
         yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Return the GPUs the model lies on."""
+    devices = {t.device for t in own_tensors(model)}
+    return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
 
 
 def attach(layer: nn.Module, name: str, changes: dict[str, Change], mixin: type[Adapted]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionlora.core.attach import Branched
-from visionlora.core.kept import moved_elsewhere
+from visionlora.core.attach import Branched, cuda_devices, is_fully_sharded
 from visionlora.core.norms import FrozenNorm
 
 _Calls = dict[Any, list[tuple[Tensor, Any]]]
@@ -19,51 +18,56 @@ _Calls = dict[Any, list[tuple[Tensor, Any]]]
 
 
 def fold_when_trained(model: nn.Module) -> None:
-    """Change the model in place: its next training pass finds the norms to fold (see fold_norms)."""
+    """Change the model in place: before its first training pass it makes one like it, to find the norms to fold.
+
+    So every step of a run, and the first one after a resume, is computed alike. Random numbers are drawn as if that
+    pass had not been. Not under FSDP2, where no norm is folded.
+    """
     if _before_training not in model._forward_pre_hooks.values() and all(_layers(model)):
-        model.register_forward_pre_hook(_before_training)
+        model.register_forward_pre_hook(_before_training, with_kwargs=True)
 
 
 def fold_norms(model: nn.Module, example: Tensor) -> int:
     """Change the model in place: let training fold every such norm into the convolution before it; return their number.
 
     One forward pass on the example, in eval mode with gradients recorded, shows which tensor a norm reads; autograd's
-    graph of that pass shows that nothing else reads it. A model with fresh adapters does the same in its first training
-    pass. It changes what a training step costs; in eval mode no bit of the output changes.
+    graph of that pass shows that nothing else reads it. It changes what a training step costs; in eval mode no bit of
+    the output changes.
     """
     forget_folding(model)
     with _eval(model), torch.enable_grad():
-        watch = _Watch(model)
-        try:
-            return watch.fold(model(example))
-        finally:
-            watch.stop()
+        return _look(model, (example,), {})
 
 
 def forget_folding(model: nn.Module) -> None:
     """Change the model in place: no norm is folded, and none will be."""
     for conv in _layers(model)[0]:
         conv.followed = ()
-    _drop(model._forward_pre_hooks, _before_training)
+    _drop_hook(model)
 
 
-def _before_training(model: nn.Module, args: Any) -> None:
+def _before_training(model: nn.Module, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
-    _drop(model._forward_pre_hooks, _before_training)
+    _drop_hook(model)
+    if any(is_fully_sharded(module) for module in model.modules()):  # a pass inside a pass would shard its weights
+        return
+    with torch.random.fork_rng(cuda_devices(model)):
+        _look(model, args, kwargs)
+
+
+def _look(model: nn.Module, args: Any, kwargs: Any) -> int:
     watch = _Watch(model)
-
-    def finish(_: nn.Module, __: Any, outputs: Any) -> None:  # outputs is None where the pass raised
+    try:
+        return watch.fold(model(*args, **kwargs))
+    finally:
         watch.stop()
-        last.remove()
-        watch.fold(outputs)
-
-    last = model.register_forward_hook(finish, always_call=True)
 
 
-def _drop(hooks: dict[int, Any], hook: Any) -> None:
-    for key in [key for key, found in hooks.items() if found is hook]:
-        del hooks[key]
+def _drop_hook(model: nn.Module) -> None:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _before_training]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _layers(model: nn.Module) -> tuple[Sequence[Branched], Sequence[FrozenNorm]]:
@@ -83,8 +87,6 @@ class _Watch:
         self.hooks += [norm.register_forward_pre_hook(self._before) for norm in norms]
 
     def _after(self, conv: nn.Module, _: Any, out: Tensor) -> None:
-        if moved_elsewhere():  # a checkpointed block: folded from now on, its second run would differ from this one
-            return
         self.made.setdefault(conv, []).append((out, out.grad_fn))
 
     def _before(self, norm: nn.Module, args: tuple[Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from visionlora.adapt import activate, attach_plan
-from visionlora.core.attach import own_tensors
+from visionlora.core.attach import cuda_devices
 from visionlora.core.delta import Value
 from visionlora.errors import AdapterFileError, BaseMismatchError, TargetError
 from visionlora.io.base import check_base
@@ -47,7 +47,7 @@ def load_adapter(
         _check_fit(model, plan, file)
         if with_head:
             _check_head(model, plan, file, allow_other_base, allow_other_classes)
-        with torch.random.fork_rng(devices=_cuda_devices(model)):  # fresh changes draw numbers that are overwritten
+        with torch.random.fork_rng(devices=cuda_devices(model)):  # fresh changes draw numbers that are overwritten
             attach_plan(model, plan, tensors, name=name, trainable=trainable)
     except (BaseMismatchError, TargetError) as e:
         raise BaseMismatchError(f"{file.path}: {e}") from None
@@ -146,8 +146,3 @@ def _unanchor(model: nn.Module, name: str, plan: Plan) -> None:
             change = layers[layer].adapters[name][attribute]  # type: ignore[index]
             if isinstance(change, Value) and change.start is None:
                 change.anchored = False
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    devices = {t.device for t in own_tensors(model)}
-    return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
