@@ -17,6 +17,8 @@ FLOORS: list[set[str]] = [
     {"errors", "config", "atomic"},
     {
         "core.geometry",
+        "core.quantised",
+        "core.quantised_op",
         "core.thin",
         "core.digest",
         "core.delta",
@@ -36,6 +38,7 @@ FLOORS: list[set[str]] = [
     {"registry"},
     {"adapt"},
     {"merging", "overview", "eva", "routing"},
+    {"quantising"},
     {"io", "data", "compose", "analysis"},
     {"training", "vision", "text"},
     {"report"},
@@ -56,6 +59,7 @@ LIGHT = {
     "adapt",
     "merging",
     "overview",
+    "quantising",
     "eva",
     "routing",
 }

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from visionlora.merging import merge as merge
     from visionlora.merging import unmerge as unmerge
     from visionlora.overview import summary as summary
+    from visionlora.quantising import dequantize_base as dequantize_base
+    from visionlora.quantising import merge_dequantized as merge_dequantized
+    from visionlora.quantising import quantize_base as quantize_base
     from visionlora.registry import active_adapters as active_adapters
     from visionlora.registry import adapter_names as adapter_names
     from visionlora.registry import adapter_parameters as adapter_parameters
@@ -45,6 +48,7 @@ _WHERE = {
     "visionlora.io": ("load_adapter", "read_adapter", "save_adapter"),
     "visionlora.merging": ("base_state_dict", "fingerprint", "merge", "unmerge"),
     "visionlora.overview": ("summary",),
+    "visionlora.quantising": ("dequantize_base", "merge_dequantized", "quantize_base"),
     "visionlora.routing": ("route",),
     "visionlora.vision.loading": ("load_model",),
 }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visionlora.core.attach import STATE, Adapted, strip
 from visionlora.core.digest import known_digest, tensor_digest
+from visionlora.core.quantised import is_quantised, quantised_base
 from visionlora.errors import StateError
 from visionlora.plan import base_tensor
 from visionlora.registry import Registry, adapted_layers, registry_of
@@ -38,6 +39,7 @@ def merge(model: nn.Module) -> nn.Module:
     registry = registry_of(model)
     if not registry.active:
         raise StateError("no adapter is active; call activate first")
+    check_whole_base(model)
     layers = adapted_layers(model)
     with torch.no_grad():
         merged = {name: {a: layer.effective(a) for a in layer.changed} for name, layer in layers.items()}
@@ -48,6 +50,18 @@ def merge(model: nn.Module) -> nn.Module:
     registry.merged = [_fold(layer, merged[name]) for name, layer in layers.items()]
     _tell_classes(model)
     return model
+
+
+def check_whole_base(model: nn.Module) -> None:
+    """Raise StateError where the base is quantised: a weight of few bits has no room for a small change."""
+    layers = adapted_layers(model)
+    hidden = [name for name, layer in layers.items() if is_quantised(base_tensor(layer, "weight"))]
+    if hidden:
+        raise StateError(
+            f"the base is quantised ({hidden[0]} and {len(hidden) - 1} more layers) and rounding would lose the "
+            "adapter; visionlora.merge_dequantized(model) folds it into a copy in full precision, "
+            "visionlora.dequantize_base(model) before merge(model) does so in place"
+        )
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -77,7 +91,10 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 of the base: names, types, shapes and bytes, without the head, which every adapter replaces."""
+    """Return a SHA-256 of the base: names, types, shapes and bytes, without the head, which every adapter replaces.
+
+    A weight that quantize_base stored in fewer bits counts as the one it was made from.
+    """
     return _fingerprint(model, tensor_digest)
 
 
@@ -100,10 +117,15 @@ def _fingerprint(model: nn.Module, digest_of: Callable[[str, Tensor], bytes]) ->
     if "_visionlora" in model.__dict__:
         registry_of(model)
     heads = tuple(f"{name}." for name in head_layers(model))
+    quantised = quantised_base(model)
+    originals, stored = (quantised.originals, quantised.stored) if quantised else ({}, {})
+    tables = tuple(f"{key}." for key in originals)  # bitsandbytes stores scales beside its weights
     digest = hashlib.sha256()
     for key, tensor in sorted(_base_tensors(model).items()):
-        if not (heads and key.startswith(heads)) and not key.endswith("num_batches_tracked"):
-            digest.update(digest_of(key, tensor))
+        if key.startswith((*heads, *tables)) or key.endswith("num_batches_tracked"):
+            continue
+        own = digest_of(key, tensor)
+        digest.update(originals[key] if own == stored.get(key) else own)
     return digest.hexdigest()
 
 

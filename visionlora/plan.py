@@ -14,6 +14,7 @@ from visionlora.core.attach import Adapted, Branched, Materialised, own_class, o
 from visionlora.core.delta import Change, Delta, Parts, Value
 from visionlora.core.geometry import Geometry, bare_geometry, geometry_of
 from visionlora.core.norms import FrozenNorm, batch_norms, is_norm, norm_values
+from visionlora.core.quantised import dequantised, is_quantised, is_readable
 from visionlora.core.relu import PackedReLU, packable
 from visionlora.errors import TargetError
 from visionlora.targets import Site, head_layers, owner_reads_weight, select
@@ -103,15 +104,17 @@ def make_plan(model: nn.Module, config: LoraConfig) -> Plan:
 def build(model: nn.Module, plan: Plan) -> Changes:
     """Return fresh changes for every planned tensor, and an empty entry for a layer that is only held still.
 
-    A BatchNorm keeps its statistics, a frozen convolution need not keep its input, nor a ReLU its output where A is
-    frozen.
+    A BatchNorm keeps its statistics, a frozen convolution need not keep its input, a quantised layer not its numbers,
+    nor a ReLU its output where A is frozen.
     """
-    changes: Changes = {name: {} for name in (*batch_norms(model), *_frozen_convs(model), *_relus(model, plan))}
+    still = (*batch_norms(model), *_frozen_convs(model), *quantised_layers(model), *_relus(model, plan))
+    changes: Changes = {name: {} for name in still}
     for site in plan.sites:
         weight = base_tensor(model.get_submodule(site.layer), site.attribute)
         assert weight is not None
+        weight = dequantised(weight) if is_quantised(weight) else weight.detach()
         changes.setdefault(site.layer, {})[site.attribute] = build_delta(
-            site, site.geometry.canonical(weight.detach()), plan.config
+            site, site.geometry.canonical(weight), plan.config
         )
     for name, attributes in plan.values.items():
         layer = model.get_submodule(name)
@@ -130,6 +133,11 @@ def mixin_of(model: nn.Module, name: str) -> type[Adapted]:
         return PackedReLU
     geometry = geometry_of(layer)
     return Branched if geometry is not None and geometry.known and not owner_reads_weight(owner, leaf) else Materialised
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Return the Linear layers whose weight is stored in fewer bits and can be read."""
+    return [name for name, layer in own_modules(model).items() if is_readable(layer)]
 
 
 def base_tensor(layer: nn.Module, attribute: str) -> Tensor | None:

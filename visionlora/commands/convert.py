@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
 def opened(source: Path, found: Format, options: argparse.Namespace) -> tuple[nn.Module, list[str], dict[str, Factors]]:
     """Return the base with the adapter of SOURCE on it, notes on the reading, and what had to be decomposed for it."""
     if found == "visionlora" and options.model is None:
-        return load_model(source, checkpoint=options.checkpoint or weights_of_base(source)), [], {}
+        return load_model(source, checkpoint=options.checkpoint or weights_of_base(source), quantize="none"), [], {}
     if options.model is None:
         raise ConfigError(f"{source} ({found}) does not say for which model it is: name it with --model NAME")
     args = {} if options.img_size is None else {"img_size": options.img_size}

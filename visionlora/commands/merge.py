@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visionlora.atomic import atomic_path
-from visionlora.commands.merge_text import merge_text
+from visionlora.commands.merge_text import merge_text, rounded
 from visionlora.commands.recorded import text_record
 from visionlora.commands.runs import weights_of_base
+from visionlora.core.quantised import Quantised, quantised_base
 from visionlora.errors import ConfigError, StateError
 from visionlora.io import read_adapter
 from visionlora.merging import base_state_dict, merge
 from visionlora.overview import readable_size
+from visionlora.quantising import merge_dequantized
 from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
 
@@ -36,24 +38,36 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         raise ConfigError(f"{out} exists; choose another name or pass --force to replace it")
     adapter = Path(options.adapter)
     base = read_adapter(adapter).record["base"]
-    difference, classes = write_merged(adapter, out, checkpoint=options.checkpoint or weights_of_base(adapter))
-    print(f"{out}: {readable_size(out.stat().st_size)}, {classes} classes, outputs equal to {difference:.1e}")
-    given = {**base["args"], "num_classes": classes}
+    done = write_merged(adapter, out, checkpoint=options.checkpoint or weights_of_base(adapter))
+    print(f"{out}: {readable_size(out.stat().st_size)}, {done.classes} classes, outputs equal to {done.difference:.1e}")
+    if done.quantised is not None:
+        print(rounded(done.quantised))
+    given = {**base["args"], "num_classes": done.classes}
     told = ", ".join(f"{key}={value!r}" for key, value in given.items())
     print(f'timm.create_model("{base["name"]}", {told}, checkpoint_path="{out}")')
     return 0
 
 
-def write_merged(adapter: Path, out: Path, *, checkpoint: str | None = None) -> tuple[float, int]:
-    """Write the merged base; return the largest relative difference of its outputs, and its number of classes.
+class Written(NamedTuple):
+    """What was merged."""
+
+    difference: float
+    """Largest difference of an output, relative to the largest output."""
+    classes: int
+    quantised: Quantised | None
+    """How the base was rounded while the adapter was trained; that is in the merged weights."""
+
+
+def write_merged(adapter: Path, out: Path, *, checkpoint: str | None = None) -> Written:
+    """Write the merged base, a quantised one in full precision; return how far its outputs are from the adapter's.
 
     The file is read back into a plain timm model, without our code, and takes its name only if the outputs agree.
     Raises StateError if they do not.
     """
     model = load_model(adapter, checkpoint=checkpoint)
     images = torch.randn(4, *data_config(model)["input_size"], generator=torch.Generator().manual_seed(0))
-    wanted = outputs(model, images)
-    merge(model)
+    wanted, quantised = outputs(model, images), quantised_base(model)
+    model = merge(model) if quantised is None else merge_dequantized(model).model
     classes = wanted.shape[-1]
     with atomic_path(out) as temporary:
         save_file({key: tensor.contiguous() for key, tensor in base_state_dict(model).items()}, temporary)
@@ -64,7 +78,7 @@ def write_merged(adapter: Path, out: Path, *, checkpoint: str | None = None) -> 
                 f"the merged model gives other outputs (by {difference:.1e} of the largest, {TOLERANCE:g} is allowed); "
                 f"{out} was not written"
             )
-    return difference, classes
+    return Written(difference, classes, quantised)
 
 
 def _plain(base: dict[str, Any], weights: Path, classes: int) -> nn.Module:

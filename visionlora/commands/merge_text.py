@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.core.attach import own_class
+from visionlora.core.quantised import Quantised, quantised_base
 from visionlora.errors import ConfigError, StateError
 from visionlora.merging import base_state_dict, merge
+from visionlora.quantising import merge_dequantized
 from visionlora.text.extras import need
 from visionlora.text.loading import load_model, load_tokenizer
 
@@ -30,8 +32,8 @@ def merge_text(adapter: Path, out: Path, *, base: str | None = None, force: bool
     if out.exists() and (not force or not out.is_dir()):
         raise ConfigError(f"{out} exists; choose another name or pass --force to replace a folder")
     model = load_model(adapter, base=base)
-    kind, wanted = own_class(model), outputs(model)
-    merge(model)
+    kind, wanted, quantised = own_class(model), outputs(model), quantised_base(model)
+    model = merge(model) if quantised is None else merge_dequantized(model).model
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merging-") as aside:
         folder = Path(aside) / "model"
@@ -47,8 +49,18 @@ def merge_text(adapter: Path, out: Path, *, base: str | None = None, force: bool
             shutil.move(out, Path(aside) / "replaced")
         folder.replace(out)
     print(f"{out}: outputs equal to {difference:.1e}")
+    if quantised is not None:
+        print(rounded(quantised))
     print(f'transformers.{kind.__name__}.from_pretrained("{out}")')
     return 0
+
+
+def rounded(quantised: Quantised) -> str:
+    """Return what is to be known of weights merged from a quantised base."""
+    return (
+        f"trained on the base quantised to {quantised.scheme}: beside the adapter, {len(quantised.stored)} weights "
+        f"of the merged model differ from the original base by {quantised.error:.2%} of rounding"
+    )
 
 
 def plain(model: nn.Module, kind: type[nn.Module]) -> Any:

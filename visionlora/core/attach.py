@@ -55,7 +55,7 @@ class Adapted(nn.Module):
         total = wide
         for change, strength in changes:
             total = change.onto(total, wide, strength)
-        return total.to(base.dtype)
+        return total.to(base.dtype) if base.is_floating_point() else total
 
     def _sharded(self, attribute: str, base: Tensor, changes: list[tuple[Change, float]]) -> Tensor:
         # FSDP2 asks the layer for its sharded parameter between forward passes and must get the stored one; inside a
@@ -118,7 +118,11 @@ class Branched(Adapted):
             effective = self.effective("weight")
             assert effective is not None
             return own_output(self, x, effective)
-        base: Tensor = own_output(self, x, stored) if materialisable(stored) else super().forward(x, *args, **kwargs)
+        if materialisable(stored):
+            base: Tensor = own_output(self, x, stored)
+        else:
+            found = None if args or kwargs else adapted_output(self, x, ())
+            base = super().forward(x, *args, **kwargs) if found is None else found
         y = base
         for delta, strength in changes:
             assert isinstance(delta, Delta)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from visionlora.core.quantised import inner_tensors, is_quantised
+
 _SEEN: Any = WeakIdKeyDictionary()
 """Tensor -> how it looked when its digest was computed, and that digest. An entry goes with its tensor."""
 _SAMPLES = 64
@@ -17,7 +19,8 @@ _SAMPLES = 64
 def tensor_digest(key: str, tensor: Tensor) -> bytes:
     """Return the SHA-256 of a named tensor: name, type, shape and bytes."""
     digest = hashlib.sha256(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(_bytes(tensor.contiguous().flatten()))
+    for plain in inner_tensors(tensor) if is_quantised(tensor) else [tensor]:
+        digest.update(_bytes(plain.contiguous().flatten()))
     return digest.digest()
 
 
@@ -26,7 +29,9 @@ def known_digest(key: str, tensor: Tensor) -> bytes:
 
     PyTorch counts writes; those it does not count (through `.data` or numpy) show in 64 numbers spread over the tensor.
     """
-    if tensor.is_inference() or tensor.is_meta:  # they count no writes, or have nothing to look at
+    if (
+        tensor.is_inference() or tensor.is_meta or is_quantised(tensor)
+    ):  # they count no writes, or have nothing to look at
         return tensor_digest(key, tensor)
     looks = (key, tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride(), _sample(tensor))
     known = _SEEN.get(tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from visionlora.core.geometry import Geometry, materialisable, plain
 from visionlora.core.maps import Op, autocast_dtype, compute_dtype
 from visionlora.core.ops import ComputedOp, FrozenOp, LowRankOp, low_rank
 from visionlora.core.orders import Order, choose
+from visionlora.core.quantised import is_quantised, is_readable
+from visionlora.core.quantised_op import QuantisedOp, quantised_linear
 
 Active = Sequence[tuple[Change, float]]
 
@@ -27,6 +29,8 @@ def adapted_output(layer: nn.Module, x: Tensor, changes: Active, norm: Affine | 
     A norm that follows, given as its constant scale and shift for every channel, is folded in.
     """
     weight, recorded = layer._parameters["weight"], torch.is_grad_enabled()
+    if is_quantised(weight):
+        return _quantised(layer, x, changes)
     if not eager(x) or weight is None or weight.requires_grad or not _fits(x, weight):
         return None
     if not changes and not (recorded and x.requires_grad):
@@ -104,6 +108,20 @@ def _low_rank(
     if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
         return LowRankOp.apply(x, weight, bias, A, B, gain, scale, op, order)  # type: ignore[no-any-return]
     return low_rank(x.to(dtype), weight, bias, A, B, gain, scale, op, order)[0]
+
+
+def _quantised(layer: nn.Module, x: Tensor, changes: Active) -> Tensor | None:
+    deltas = [(change, strength) for change, strength in changes if isinstance(change, Delta)]
+    factors = _factors(deltas) if deltas else (None, None, 1.0)
+    weight: Any = layer._parameters["weight"]
+    bias: Any = layer.bias
+    if not eager(x) or not is_readable(layer) or factors is None or len(deltas) != len(changes):
+        return None
+    A, B, scale = factors
+    trained = (x, A, B, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained):
+        return QuantisedOp.apply(x, weight, bias, A, B, scale)  # type: ignore[no-any-return]
+    return quantised_linear(x.to(compute_dtype(x)), weight, bias, A, B, scale)
 
 
 def _computed(

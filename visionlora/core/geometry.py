@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from visionlora.core.quantised import dequantised, is_quantised
+
 Kind = Literal["linear", "conv1d_hf", "embedding", "conv", "conv_transpose", "bare"]
 
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -133,6 +135,11 @@ def own_output(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return flat.view(*x.shape[:-1], flat.shape[1])
 
 
+def plain_linear(layer: nn.Module) -> bool:
+    """Tell whether the layer is a Linear that runs torch's own forward pass, whatever its weight is stored in."""
+    return isinstance(layer, nn.Linear) and _own(layer).forward is nn.Linear.forward
+
+
 def materialisable(weight: Tensor) -> bool:
     """Tell whether a changed copy of the weight can be formed: quantised weights cannot."""
     return plain(weight) and weight.is_floating_point()
@@ -150,6 +157,7 @@ def hollow(tensor: Tensor) -> bool:
 
 def widened(weight: Tensor) -> Tensor:
     """Return the weight in float32 or wider: a small change added to a bfloat16 weight would be rounded away."""
+    weight = dequantised(weight) if is_quantised(weight) else weight
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from visionlora.core.attach import own_class, own_tensors
+from visionlora.core.quantised import QUANTISED, quantised_base
 from visionlora.errors import BaseMismatchError, ConfigError
 from visionlora.merging import fingerprint, head_fingerprint, known_fingerprint
 from visionlora.targets.heads import is_transformers
 
+log = logging.getLogger(__name__)
 UNTRAINED = "untrained"
 """timm's tag for an architecture without published weights, which names none."""
 
@@ -20,7 +23,7 @@ def describe_base(
     model: nn.Module, given: dict[str, Any] | None, print_of: Callable[[nn.Module], str] = fingerprint
 ) -> dict[str, Any]:
     """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
-    given, known = given or {}, _timm_name(model)
+    given, known, quantised = given or {}, _timm_name(model), quantised_base(model)
     for field in given:
         if field not in ("name", "tag", "args"):
             raise ConfigError(f"base has the fields name, tag and args, not {field!r}")
@@ -32,6 +35,7 @@ def describe_base(
         "dtype": _dtype(model),
         "fingerprint": print_of(model),
         "head_fingerprint": head_fingerprint(model),
+        **({QUANTISED: quantised.scheme} if quantised is not None else {}),
     }
 
 
@@ -54,6 +58,18 @@ def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
     raise BaseMismatchError(
         f"the adapter was trained on {base_text(recorded)}; this model is {base_text(came)}. To go on: {cure}"
     )
+
+
+def tell_quantised(model: nn.Module, recorded: dict[str, Any]) -> None:
+    """Log where adapter and model differ in what the base was rounded to: the outputs then differ by that rounding."""
+    quantised = quantised_base(model)
+    now, then = quantised.scheme if quantised is not None else None, recorded.get(QUANTISED)
+    if then not in (None, now):
+        log.warning(
+            'the adapter was trained on this base quantised to %s; visionlora.quantize_base(model, "%s") gives the '
+            "outputs it was trained with",
+            then, then,
+        )  # fmt: skip
 
 
 def base_text(base: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from visionlora.adapt import activate, attach_plan
 from visionlora.core.attach import cuda_devices
 from visionlora.core.delta import Value
 from visionlora.errors import AdapterFileError, BaseMismatchError, TargetError
-from visionlora.io.base import check_base
+from visionlora.io.base import check_base, tell_quantised
 from visionlora.io.read import AdapterFile, read_adapter
 from visionlora.io.record import plain_config
 from visionlora.merging import head_fingerprint
@@ -57,6 +57,7 @@ def load_adapter(
         _unanchor(model, name, plan)
     if adapter_names(model) == [name]:
         activate(model, name)
+    tell_quantised(model, file.record["base"])
     return name
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from visionlora.config import ADAPTER_NAME, LoraConfig
+from visionlora.core.quantised import QUANTISED
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.keys import core_key
 from visionlora.io.strict import (
@@ -106,6 +107,15 @@ _IMAGES: Schema = {
     "crop_mode": _NAME,
 }
 
+_BASE: dict[str, Any] = {
+    "name": Maybe(_text(_MODEL, "a word of letters, digits and _ . + -, or owner/name")),
+    "tag": Maybe(_NAME),
+    "args": MapOf(_ARGUMENT_NAME, _ARGUMENT, 64),
+    "class": Maybe(_NAME),
+    "dtype": Maybe(_NAME),
+    "fingerprint": Maybe(_SHA256),
+    "head_fingerprint": Maybe(_SHA256),
+}
 _LAYER_ENTRY: Schema = {
     "attribute": _ATTRIBUTE,
     "rank": _whole(1, 1 << 30),
@@ -117,15 +127,8 @@ SCHEMA: Schema = {
         f"{FORMAT_VERSION}, the format this version reads", lambda v: is_whole(v) and v == FORMAT_VERSION
     ),
     "name": _text(ADAPTER_NAME, "an adapter name, 1 to 64 of A-Z a-z 0-9 _ -"),
-    "base": {
-        "name": Maybe(_text(_MODEL, "a word of letters, digits and _ . + -, or owner/name")),
-        "tag": Maybe(_NAME),
-        "args": MapOf(_ARGUMENT_NAME, _ARGUMENT, 64),
-        "class": Maybe(_NAME),
-        "dtype": Maybe(_NAME),
-        "fingerprint": Maybe(_SHA256),
-        "head_fingerprint": Maybe(_SHA256),
-    },
+    # only an adapter trained on a quantised base says so: an older version, which knows no such field, refuses it
+    "base": ByField(QUANTISED, present={**_BASE, QUANTISED: _choice("int8", "nf4")}, absent=_BASE),
     "plan": {
         "config": Rule("an object", lambda v: isinstance(v, dict)),
         "layers": MapOf(_LAYER_NAME, _LAYER_ENTRY, 20_000),

@@ -27,6 +27,7 @@ from visionlora.report.samples import Measured, sections
 from visionlora.targets import head_layers
 from visionlora.training.checkpoint import AdapterCheckpoint, save_in_first_process
 from visionlora.training.gather import whole_in_first_process
+from visionlora.vision.features import FeatureDataset
 from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.metrics import Result
 from visionlora.vision.module import ImageClassifier
@@ -147,6 +148,7 @@ class RunReport(Callback):
         sets = {n: Measured(loaders[n].dataset, answers, before.get(n)) for n, answers in after.items()}
         data = trainer.datamodule  # type: ignore[attr-defined]
         training = data.train_dataloader().dataset if data is not None else None
+        training = training.images if isinstance(training, FeatureDataset) else training
         shown = sections(training, sets, module.class_names, module.hparams.data)
         if any(shown.values()):
             sample_picture(folder / "samples.png", shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from visionlora.errors import AdapterFileError, BaseMismatchError, ConfigError
 from visionlora.io import load_adapter, read_adapter
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.io.record import TEXT
+from visionlora.quantising import Scheme, quantised_as_recorded
 from visionlora.text.columns import check_task
 from visionlora.text.families import create_backbone
 from visionlora.text.full import MIRROR, read_full
@@ -31,12 +32,14 @@ def load_model(
     base: str | Path | None = None,
     device: str | torch.device = "cpu",
     strength: float = 1.0,
+    quantize: Scheme | Literal["recorded", "none"] = "recorded",
 ) -> nn.Module:
     """Return the model of a saved adapter, or of a directory trained in full, in eval mode.
 
     The base is built by its name on the hub, or from the folder `base`, and must be the very base the adapter was
-    trained on. `model.label_names` lists the labels where they are recorded; `load_tokenizer(directory)` gives the
-    tokenizer. Raises AdapterFileError, BaseMismatchError, and ConfigError where the base cannot be had.
+    trained on; it is quantised as it was in training, or as `quantize` says. `model.label_names` lists the labels where
+    they are recorded; `load_tokenizer(directory)` gives the tokenizer.
+    Raises AdapterFileError, BaseMismatchError, and ConfigError where the base cannot be had.
     """
     directory = Path(directory)
     record = read_record(directory)
@@ -46,6 +49,7 @@ def load_model(
         net = build_base(directory, record, str(directory))
     else:
         net = build_base(directory, record, place_of(directory, record, base))
+        quantised_as_recorded(net, record["base"], quantize)
         activate(net, _adapted(net, directory), strength)
     net.label_names = record["classes"]
     return net.to(device).eval()

@@ -62,6 +62,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be a whole number of at least {least}, got {settings[name]!r}")
     _check_weights(settings["class_weights"], len(names or ()), settings["task_type"], settings["problem_type"])
     check_adapter_name(settings["adapter_name"])
+    if settings["quantize"] != "none" and settings["mode"] == "full":
+        raise ConfigError(f"mode full trains the weights that quantize: {settings['quantize']} rounds; use mode lora")
 
 
 def _own_norms(net: nn.Module) -> list[str]:

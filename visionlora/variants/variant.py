@@ -12,6 +12,7 @@ from torch import Tensor
 from visionlora.config import LoraConfig
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import Geometry, materialisable, widened
+from visionlora.core.quantised import is_quantised
 from visionlora.errors import TargetError
 
 
@@ -76,8 +77,8 @@ class Variant(Delta):
 
 
 def materialised(weight: Tensor, what: str) -> Tensor:
-    """Return the weight in float32 or wider. Raises TargetError where it is quantised and nobody can see it."""
-    if not materialisable(weight):
+    """Return the weight in float32 or wider. Raises TargetError where nobody can see it."""
+    if not materialisable(weight) and not is_quantised(weight):
         raise TargetError(f"{what} needs the weight itself, and {type(weight).__name__} hides it; use the plain LoRA")
     return widened(weight.detach())
 

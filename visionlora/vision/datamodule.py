@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sized
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Sampler
@@ -23,6 +23,7 @@ from visionlora.data.transforms import InputConfig, Preprocess, input_config
 from visionlora.errors import ConfigError, DataError
 from visionlora.training.sampler import ResumableSampler
 from visionlora.vision.backbone import data_config
+from visionlora.vision.features import FeatureDataset
 from visionlora.vision.loaders import image_loader
 
 __all__ = ["ImageFolderData"]
@@ -124,6 +125,8 @@ class ImageFolderData(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.worker_timeout = batch_size, num_workers, worker_timeout
         self.on_error: OnError = on_error
         self._datasets: dict[str, ImageDataset] = {}
+        self.features: dict[str, FeatureDataset] = {}
+        """What stands in for images of "train" and "val", while a frozen prefix is cached."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class ImageFolderData(pl.LightningDataModule):
         return {name: data.skipped for name, data in self._datasets.items() if data.skipped}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        data = self._dataset("train", augmented=True)
+        data = self.features.get("train") or self._dataset("train", augmented=True)
         make = self.train_sampler or self._resumable
         whole = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
         # a small last batch would weigh its images more than the others; a set smaller than a batch is one batch
@@ -178,7 +181,7 @@ class ImageFolderData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         if not self.parts.val:
             raise DataError("no validation images: set val_fraction above 0, or --trainer.limit_val_batches 0")
-        return self._loader(self._dataset("val"), persistent=True)
+        return self._loader(self.features.get("val") or self._dataset("val"), persistent=True)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [self._loader(self._dataset(f"test {name}")) for name in self.parts.tests]
@@ -193,6 +196,15 @@ class ImageFolderData(pl.LightningDataModule):
     def statistics_dataloader(self) -> DataLoader[Any]:
         """Return the training images as evaluation sees them, once and in order, to estimate statistics."""
         return self._loader(self._dataset("train"))
+
+    def images(self, part: Literal["train", "val"]) -> ImageDataset:
+        """Return the images of a part as evaluation sees them."""
+        return self._dataset(part)
+
+    @property
+    def augments(self) -> bool:
+        """Tell whether training images change at random."""
+        return self._augment is not None
 
     def teardown(self, stage: str) -> None:
         for name, paths in self.skipped.items():

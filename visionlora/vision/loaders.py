@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from visionlora.data.augment import one_thread
 from visionlora.data.dataset import ImageDataset, collate_images
+from visionlora.vision.features import FeatureDataset, collate_features
 
 FEW = 200
 """Images below which starting worker processes costs more than it saves."""
 
 
 def image_loader(
-    data: ImageDataset,
+    data: ImageDataset | FeatureDataset,
     *,
     batch_size: int,
     num_workers: int | None,
@@ -27,8 +29,11 @@ def image_loader(
 ) -> DataLoader[Any]:
     """Return a loader; without num_workers as many processes decode as the machine and the set are good for."""
     workers = _default_workers(len(data)) if num_workers is None else num_workers
+    collate: Callable[[Any], Any] = collate_images
+    if isinstance(data, FeatureDataset):  # nothing to decode
+        workers, collate = 0, collate_features
     return DataLoader(
-        data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_images,
+        data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
         drop_last=drop_last, pin_memory=torch.cuda.is_available(), timeout=timeout if workers else 0,
         worker_init_fn=one_thread, persistent_workers=persistent and workers > 0,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from visionlora.io import load_adapter, read_adapter
 from visionlora.io.base import check_base
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.merging import head_fingerprint
+from visionlora.quantising import Scheme, quantised_as_recorded
 from visionlora.vision.backbone import base_and_head, create_backbone
 from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.full import read_full
@@ -34,12 +35,14 @@ def load_model(
     checkpoint: str | Path | None = None,
     device: str | torch.device = "cpu",
     strength: float = 1.0,
+    quantize: Scheme | Literal["recorded", "none"] = "recorded",
 ) -> nn.Module:
     """Return the model of a saved adapter, or of a directory trained in full, in eval mode.
 
     The base is built by its timm name with timm's weights, or with those of the local file `checkpoint`, and must be
-    the very base the adapter was trained on. `model.class_names` lists the classes where they are recorded;
-    `load_transform(directory)` gives what images must go through.
+    the very base the adapter was trained on; it is quantised as it was in training, or as `quantize` says.
+    `model.class_names` lists the classes where they are recorded; `load_transform(directory)` gives what images must go
+    through.
     Raises AdapterFileError, BaseMismatchError, and ConfigError where the base cannot be had.
     """
     directory = Path(directory)
@@ -49,7 +52,7 @@ def load_model(
             raise ConfigError(f"{directory} holds a whole model, no adapter: leave checkpoint and strength away")
         net = _whole(directory, record)
     else:
-        net = _base(directory, record["base"], checkpoint)
+        net = quantised_as_recorded(_base(directory, record["base"], checkpoint), record["base"], quantize)
         activate(net, _adapted(net, directory), strength)
     net.class_names = record["classes"]
     return net.to(device).eval()

@@ -22,6 +22,7 @@ from visionlora.eva import fit_to_data
 from visionlora.registry import adapter_plan, adapter_state
 from visionlora.targets import head_layers
 from visionlora.vision.backbone import data_config
+from visionlora.vision.features import FeatureBatch
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def as_batch(batch: Any) -> Batch:
+def as_batch(batch: Any) -> Batch | FeatureBatch:
     """Return a batch of a plain loader, (images, labels) or images alone, as a Batch."""
-    if isinstance(batch, Batch):
+    if isinstance(batch, (Batch, FeatureBatch)):
         return batch
     images, *rest = batch if isinstance(batch, (tuple, list)) else (batch,)
     labels = rest[0] if rest else torch.full((len(images),), UNLABELLED)

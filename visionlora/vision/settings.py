@@ -59,6 +59,18 @@ def check_settings(settings: dict[str, Any]) -> None:
         _in_range(name, settings[name], below=1)
     _check_weights(settings["class_weights"], classes)
     check_adapter_name(settings["adapter_name"])
+    _check_cache(settings)
+    if settings["quantize"] != "none" and settings["mode"] == "full":
+        raise ConfigError(f"mode full trains the weights that quantize: {settings['quantize']} rounds; use mode lora")
+
+
+def _check_cache(settings: dict[str, Any]) -> None:
+    for name, wanted in (("mode", "full"), ("compile", True)) if settings["cache_prefix"] != "none" else ():
+        if settings[name] == wanted:
+            raise ConfigError(
+                f"cache_prefix runs the network in two parts, of which the first never changes; with {name} {wanted} "
+                "there are none: leave one of them away"
+            )
 
 
 def _check_weights(weights: Any, classes: int) -> None:
