@@ -93,7 +93,7 @@ def prefix() -> None:
     late = {
         "vit_small_patch16_224": r"blocks\.(9|10|11)\..*",
         "resnet50": r"layer4\..*",
-        "convnext_tiny": r"stages\.3\..*",
+        "convnext_tiny": r"stages\.3\..*fc.",
     }
     for name, targets in late.items():
         model = timm.create_model(name, num_classes=10)

@@ -29,9 +29,7 @@ def known_digest(key: str, tensor: Tensor) -> bytes:
 
     PyTorch counts writes; those it does not count (through `.data` or numpy) show in 64 numbers spread over the tensor.
     """
-    if (
-        tensor.is_inference() or tensor.is_meta or is_quantised(tensor)
-    ):  # they count no writes, or have nothing to look at
+    if tensor.is_inference() or tensor.is_meta or is_quantised(tensor):  # no count of writes, or nothing to look at
         return tensor_digest(key, tensor)
     looks = (key, tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride(), _sample(tensor))
     known = _SEEN.get(tensor)
