@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from visionlora.core.attach import Materialised
+from visionlora.core.attach import Adapted, Materialised
 from visionlora.core.delta import Delta
 from visionlora.errors import ConfigError
 from visionlora.registry import adapted_layers
@@ -36,6 +36,6 @@ def blocks(net: nn.Module) -> list[nn.Module]:
     return [block for block in inside if not any(other is not block and other in inside for other in block.modules())]
 
 
-def _computes_weight(layer: nn.Module) -> bool:
-    changes = layer.adapters.values() if isinstance(layer, Materialised) else ()  # type: ignore[operator]
-    return any(isinstance(adapter["weight"], Delta) for adapter in changes if "weight" in adapter)
+def _computes_weight(layer: Adapted) -> bool:
+    deltas = [adapter["weight"] for adapter in layer.adapters.values() if "weight" in adapter]  # type: ignore[operator, index]
+    return any(isinstance(d, Delta) and (isinstance(layer, Materialised) or not d.branched) for d in deltas)
