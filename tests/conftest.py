@@ -6,6 +6,7 @@ import logging
 import os
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import; without it a hub out of reach is tried for 40 s
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
