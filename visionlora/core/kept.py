@@ -37,7 +37,7 @@ def keep(x: Tensor, dtype: torch.dtype) -> Kept:
     """
     node = x.grad_fn
     source = _SOURCES.get(node.name()) if node is not None else None
-    if source is not None and not moved_elsewhere():
+    if source is not None and not _moved_elsewhere():
         try:
             found = source(node)
         except RuntimeError:  # what the node saved was changed in place since: its own backward pass will say so
@@ -99,8 +99,7 @@ _SOURCES: dict[str, Callable[[Any], Kept | None]] = {
 }
 
 
-def moved_elsewhere() -> bool:
-    """Tell whether saved tensors are taken away until the backward pass."""
+def _moved_elsewhere() -> bool:
     # activation checkpointing and save_on_cpu take saved tensors away until the backward pass: asking for one now
     # would compute or copy it; hooks of anybody else see and return the tensors themselves
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -45,7 +45,7 @@ class Cut:
 
     def __init__(self, frozen: tuple[Step, ...], rest: tuple[Step, ...]) -> None:
         self.frozen, self.rest = frozen, Rest(rest)
-        fold_when_trained(self.rest)  # the network itself does so in its first training pass
+        fold_when_trained(self.rest)  # the network itself does so before its first training pass
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the frozen steps make of images, without gradients; the network must be in eval mode."""
