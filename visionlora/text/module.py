@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -29,7 +28,7 @@ from visionlora.text.steps import TaskSteps
 from visionlora.text.suits import check_data
 from visionlora.text.tasks import task_of
 from visionlora.training.ema import AdapterEMA
-from visionlora.training.optim import parameter_groups, warmup_cosine
+from visionlora.training.optim import adamw, warmup_cosine
 from visionlora.training.sharding import shard
 
 __all__ = ["Mode", "TextTask"]
@@ -169,11 +168,7 @@ class TextTask(TaskSteps):
         h, groups = self.hparams, self.trainable_groups()
         lr = RATES[h.mode] if h.lr is None else h.lr
         factors = {"head": h.head_lr_factor, "B": h.lora_plus}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(
-                groups, lr=lr, weight_decay=h.weight_decay, factors={k: v for k, v in factors.items() if k in groups}
-            )
-        )
+        optimizer = adamw(groups, self.trainer, lr=lr, weight_decay=h.weight_decay, factors=factors)
         total = planned_steps(self.trainer)
         schedule = warmup_cosine(optimizer, warmup_steps=int(h.warmup * total), total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,4 +1,4 @@
-"""Parameter groups of an adapter and the schedule of their learning rates."""
+"""AdamW over the parameter groups of an adapter, and the schedule of their learning rates."""
 
 from __future__ import annotations
 
@@ -7,11 +7,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from visionlora.errors import ConfigError
+
+
+def adamw(
+    parameters: Mapping[str, Iterable[nn.Parameter]],
+    trainer: Trainer,
+    *,
+    lr: float,
+    weight_decay: float,
+    factors: Mapping[str, float],
+) -> AdamW:
+    """Return AdamW over `parameter_groups`; factors of names that are not there are left out.
+
+    One fused pass over all tensors where the device has it: a quarter of the time for the many small tensors of an
+    adapter. Lightning refuses to clip gradients of a fused optimiser under mixed precision; it is not fused there.
+    """
+    known = {name: factor for name, factor in factors.items() if name in parameters}
+    groups = parameter_groups(parameters, lr=lr, weight_decay=weight_decay, factors=known)
+    devices = {p.device.type for group in groups for p in group["params"]}
+    return AdamW(groups, fused=devices <= _FUSED and not isinstance(trainer.precision_plugin, MixedPrecision))
+
+
+_FUSED = {"cpu", "cuda", "mps", "xpu"}
+"""Devices whose AdamW has one kernel for all tensors."""
 
 
 def parameter_groups(

@@ -15,6 +15,7 @@ from visionlora.data.dataset import ImageDataset, collate_images
 from visionlora.errors import ConfigError
 from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.features import FeatureDataset, file_of, kept_in_memory, kept_on_disk, key_of, read
+from visionlora.vision.layout import laid_out
 from visionlora.vision.prefix import Cut, cut
 
 __all__ = ["cache_prefix", "drop_cache"]
@@ -22,20 +23,21 @@ __all__ = ["cache_prefix", "drop_cache"]
 log = logging.getLogger(__name__)
 
 
-def cache_prefix(net: nn.Module, trainer: Trainer, where: str, fingerprint: str) -> Cut:
+def cache_prefix(net: nn.Module, trainer: Trainer, where: str, fingerprint: str, layout: torch.memory_format) -> Cut:
     """Change the data module: training and validation give features of the frozen prefix. Return where the cut is.
 
     Raises ConfigError where that would not be what training on images computes.
     """
     data = _checked(trainer)
-    parts = cut(net)
+    parts = cut(net, layout)
     what = {
-        "version": 1,
+        "version": 2,
         "base": fingerprint,
         "quantised": getattr(quantised_base(net), "scheme", None),
         "until": parts.frozen[-1].name,
         "precision": str(trainer.precision),
         "device": next(net.parameters()).device.type,
+        "layout": str(layout),
         "batch_size": data.batch_size,
         "torch": torch.__version__,
         "input": data.record,
@@ -104,7 +106,7 @@ def _computed(net: nn.Module, parts: Cut, images: ImageDataset, trainer: Trainer
 
 
 def _check(net: nn.Module, parts: Cut, x: Tensor, features: Tensor) -> None:
-    if not torch.equal(parts.logits(features), net(x)):
+    if not torch.equal(parts.logits(features), net(laid_out(x, parts.layout))):
         raise ConfigError(
             f"cache_prefix: this {type(net).__name__} does more than its steps one after the other; leave cache_prefix "
             "away"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -24,12 +23,13 @@ from visionlora.merging import fingerprint
 from visionlora.quantising import quantize_base
 from visionlora.registry import adapter_parameters
 from visionlora.training.ema import AdapterEMA
-from visionlora.training.optim import parameter_groups, warmup_cosine
+from visionlora.training.optim import adamw, warmup_cosine
 from visionlora.training.sharding import shard
 from visionlora.vision.backbone import create_backbone
 from visionlora.vision.caching import cache_prefix, drop_cache
 from visionlora.vision.features import FeatureBatch
 from visionlora.vision.full import save_full
+from visionlora.vision.layout import Layout, laid_out, set_layout
 from visionlora.vision.loops import (
     as_batch,
     class_weight,
@@ -83,6 +83,8 @@ class ImageClassifier(pl.LightningModule):
             set_grad_checkpointing): the same numbers, less memory, one more forward pass.
         cache_prefix: run what lies before the first adapted layer once for each image and keep its output, in memory or
             on disk; needs data.augment none.
+        memory_format: how kernels and images lie in memory; "auto" is channels_last for CNNs with BatchNorm. Outputs
+            depend on it by rounding, files not at all.
         quantize: store the frozen base in fewer bits (extra "quant"): int8, a quarter of the memory, or nf4, an eighth.
         adapter_name: name of the adapter on the model and in its file.
         data: what the images went through (input_size, mean, std ...), stored in the adapter; by default timm's own.
@@ -114,6 +116,7 @@ class ImageClassifier(pl.LightningModule):
         memory: Memory = "exact",
         grad_checkpointing: bool = False,
         cache_prefix: Literal["none", "memory", "disk"] = "none",
+        memory_format: Layout = "auto",
         quantize: Literal["none", "int8", "nf4"] = "none",
         adapter_name: str = "default",
         data: dict[str, Any] | None = None,
@@ -164,6 +167,7 @@ class ImageClassifier(pl.LightningModule):
                 apply_lora(net, self.config, name=self.hparams.adapter_name)
         if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
             raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
+        self._layout = set_layout(net, self.hparams.memory_format)
         if self.hparams.grad_checkpointing:
             checkpoint_blocks(net, example_of(net, input_of(self.hparams)))
         if self.hparams.compile:
@@ -171,7 +175,7 @@ class ImageClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (batch, classes)."""
-        return self.net(images)  # type: ignore[no-any-return]
+        return self.net(laid_out(images, self._layout))  # type: ignore[no-any-return]
 
     def _logits(self, batch: Batch | FeatureBatch) -> Tensor:
         if isinstance(batch, FeatureBatch):
@@ -195,11 +199,7 @@ class ImageClassifier(pl.LightningModule):
         h, groups = self.hparams, self.trainable_groups()
         lr = RATES[h.mode] if h.lr is None else h.lr
         factors = {"head": h.head_lr_factor, "B": h.lora_plus}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(
-                groups, lr=lr, weight_decay=h.weight_decay, factors={k: v for k, v in factors.items() if k in groups}
-            )
-        )
+        optimizer = adamw(groups, self.trainer, lr=lr, weight_decay=h.weight_decay, factors=factors)
         total = planned_steps(self.trainer)
         schedule = warmup_cosine(optimizer, warmup_steps=int(h.warmup * total), total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
@@ -213,7 +213,7 @@ class ImageClassifier(pl.LightningModule):
         if self.config is not None and self.trainer.ckpt_path is None:  # a resumed run has it in its checkpoint
             see_data(self.net, self.hparams.adapter_name, self.trainer)
         if self.hparams.cache_prefix != "none":
-            self._cut = cache_prefix(self.net, self.trainer, self.hparams.cache_prefix, self._base)
+            self._cut = cache_prefix(self.net, self.trainer, self.hparams.cache_prefix, self._base, self._layout)
 
     def on_fit_end(self) -> None:
         if self._cut is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visionlora.core.attach import Adapted, own_class
 from visionlora.core.folding import fold_when_trained
 from visionlora.errors import ConfigError
+from visionlora.vision.layout import laid_out
 
 __all__ = ["Cut", "Step", "cut"]
 
@@ -43,12 +44,13 @@ class Rest(nn.Module):
 class Cut:
     """A network in two: what no adapter changes, and what begins with the first that one does."""
 
-    def __init__(self, frozen: tuple[Step, ...], rest: tuple[Step, ...]) -> None:
-        self.frozen, self.rest = frozen, Rest(rest)
+    def __init__(self, frozen: tuple[Step, ...], rest: tuple[Step, ...], layout: torch.memory_format) -> None:
+        self.frozen, self.rest, self.layout = frozen, Rest(rest), layout
         fold_when_trained(self.rest)  # the network itself does so before its first training pass
 
     def features(self, images: Tensor) -> Tensor:
         """Return what the frozen steps make of images, without gradients; the network must be in eval mode."""
+        images = laid_out(images, self.layout)
         with torch.no_grad():
             for step in self.frozen:
                 images = step.run(images)
@@ -56,10 +58,10 @@ class Cut:
 
     def logits(self, features: Tensor) -> Tensor:
         """Return what the network makes of the features, in the mode it is in."""
-        return self.rest(features)  # type: ignore[no-any-return]
+        return self.rest(laid_out(features, self.layout))  # type: ignore[no-any-return]
 
 
-def cut(net: nn.Module) -> Cut:
+def cut(net: nn.Module, layout: torch.memory_format = torch.contiguous_format) -> Cut:
     """Return the network cut before its first trained step. Raises ConfigError where a cache would not be exact.
 
     Dropout in the frozen steps, or something trained in the first of them, leaves nothing that is the same each time.
@@ -81,7 +83,7 @@ def cut(net: nn.Module) -> Cut:
                     f"cache_prefix: {step.name} drops values at random ({type(module).__name__}), so that it differs "
                     "each time; set its rate to 0 in --model.model_args, or leave cache_prefix away"
                 )
-    return Cut(frozen, rest)
+    return Cut(frozen, rest, layout)
 
 
 def _steps(net: nn.Module) -> tuple[Step, ...]:
