@@ -143,6 +143,22 @@ class Gate(nn.Module):
         return x * x.mean(1, keepdim=True).sigmoid()
 
 
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+
+class RootMeanSquare(nn.Module):
+    """The norm of T5 and Llama, as transformers writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
 BEHIND = {
     "layer norm": lambda: nn.LayerNorm(8),
     "layer norm without shift": lambda: nn.LayerNorm(8, bias=False),
@@ -155,6 +171,9 @@ BEHIND = {
     "relu6": nn.ReLU6,
     "leaky relu": lambda: nn.LeakyReLU(0.2),
     "gate": Gate,
+    "root mean square": RootMeanSquare,
+    "torch's root mean square": lambda: nn.RMSNorm(8),
+    "gelu, scaled": lambda: nn.Sequential(nn.GELU(), Twice()),
 }
 
 

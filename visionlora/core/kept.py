@@ -35,16 +35,19 @@ def keep(x: Tensor, dtype: torch.dtype) -> Kept:
     its output: computed once more from that input, it costs a pass over memory instead of a second copy. The node that
     made x is asked for what it saved, which PyTorch documents (notes/autograd, "Saved tensors").
     """
-    node = x.grad_fn
-    source = _SOURCES.get(node.name()) if node is not None else None
-    if source is not None and not _moved_elsewhere():
+    if x.grad_fn is not None and not _moved_elsewhere():
         try:
-            found = source(node)
+            found = _made_by(x.grad_fn)
         except RuntimeError:  # what the node saved was changed in place since: its own backward pass will say so
             found = None
         if found is not None:
             return found
     return Kept((x.to(dtype),), _itself)
+
+
+def _made_by(node: Any) -> Kept | None:
+    source = _SOURCES.get(node.name())
+    return None if source is None else source(node)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -80,7 +83,22 @@ def _leaky_relu(node: Any) -> Kept:
 
 def _product(node: Any) -> Kept | None:
     factors = (node._saved_self, node._saved_other)  # each kept only if the other one has a gradient
-    return None if factors[0] is None or factors[1] is None else Kept(factors, torch.mul)
+    if factors[0] is not None and factors[1] is not None:
+        return Kept(factors, torch.mul)
+    # a constant times something, as in the RMSNorm of T5 and Llama: weight * (x * rsqrt(mean square))
+    constant, at = (factors[0], 1) if factors[0] is not None else (factors[1], 0)
+    inner = node.next_functions[at][0]
+    found = None if inner is None or constant is None else _made_by(inner)
+    return found and Kept((constant, *found.tensors), _Times(found.again))
+
+
+class _Times(NamedTuple):
+    """A constant times what the other tensors give again."""
+
+    again: Again
+
+    def __call__(self, constant: Tensor, *tensors: Tensor | None) -> Tensor:
+        return constant * self.again(*tensors)
 
 
 def _pointwise(function: Again) -> Callable[[Any], Kept]:
