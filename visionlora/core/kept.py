@@ -89,16 +89,10 @@ def _product(node: Any) -> Kept | None:
     constant, at = (factors[0], 1) if factors[0] is not None else (factors[1], 0)
     inner = node.next_functions[at][0]
     found = None if inner is None or constant is None else _made_by(inner)
-    return found and Kept((constant, *found.tensors), _Times(found.again))
-
-
-class _Times(NamedTuple):
-    """A constant times what the other tensors give again."""
-
-    again: Again
-
-    def __call__(self, constant: Tensor, *tensors: Tensor | None) -> Tensor:
-        return constant * self.again(*tensors)
+    if found is None:
+        return None
+    again = found.again
+    return Kept((constant, *found.tensors), lambda c, *tensors: c * again(*tensors))
 
 
 def _pointwise(function: Again) -> Callable[[Any], Kept]:
