@@ -170,7 +170,7 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path, which
         rate = 1e-3 if task.backbone is mobilenet_v1 else 3e-4
         scores = fit(net, data_of(task, table, "source", 0), task.classes, task.base_epochs, 0, mode="full", lr=rate)
         print(f"base of {name}: {scores}", flush=True)
-        save_file(net.state_dict(), path)
+        save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, path)
     net.load_state_dict(load_file(path))
     return net
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,60 @@ class Op(NamedTuple):
         zeros = (0,) * self.dims
         return torch.convolution(x, weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups)
 
-    def backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the weight, those that are wanted."""
+    def grad_weight(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the gradient of a weight of which only the looks are known."""
         if not self.dims:
-            dx = g @ weight if wanted[0] else None
-            return dx, g.flatten(0, -2).t() @ x.flatten(0, -2) if wanted[1] else None
-        options = (self.stride, self.padding, self.dilation, False, (0,) * self.dims, self.groups)
-        grads = torch.ops.aten.convolution_backward(g, x, weight, None, *options, (*wanted, False))
-        return grads[0], grads[1]
+            return g.flatten(0, -2).t() @ x.flatten(0, -2)
+        if self.is_pointwise(weight) and max(self.stride) == 1 and channels_last(x) and channels_last(g) and on_cpu(g):
+            rows, columns = g.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2)
+            return (rows.t() @ columns).view(weight.shape)
+        dW: Tensor = self._convolution_backward(g, x, weight, (False, True))[1]
+        return dW
 
     def grad_input(self, g: Tensor, like: Like, weight: Tensor) -> Tensor:
-        """Return the gradient of an x of which only the looks are known: the values play no part."""
-        dx, _ = self.backward(g, like.stand_in(g) if self.dims else g, weight, (True, False))
-        assert dx is not None
+        """Return the gradient of an x of which only the looks are known: the values play no part.
+
+        On a CPU, torch's own backward pass of a convolution is 1.3 to 2 times slower than the product of matrices that
+        a 1 x 1 kernel is, 8 times with a stride, and slower than a convolution with the kernel turned round, which is
+        the same where every channel has its own.
+        """
+        if not self.dims:
+            return g @ weight
+        if on_cpu(g) and self.is_pointwise(weight):
+            return self._spread(self._across_channels(g, weight.flatten(1)), like)
+        if on_cpu(g) and self._is_depthwise(weight) and max(self.stride) == 1:
+            kernel = zip(weight.shape[2:], self.dilation, self.padding, strict=True)
+            padding = tuple(d * (k - 1) - p for k, d, p in kernel)
+            if min(padding) >= 0:
+                around = self._replace(padding=padding)
+                return around(g, weight.flip(tuple(range(2, weight.ndim))).contiguous(memory_format=like.format))
+        dx: Tensor = self._convolution_backward(g, like.stand_in(g), weight, (True, False))[0]
         return dx
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Tell whether this is one product of matrices at every position: a 1 x 1 kernel, whatever its stride."""
+        return self.groups == 1 and weight.shape[1:].numel() == weight.shape[1] and not any(self.padding)
+
+    def _is_depthwise(self, weight: Tensor) -> bool:
+        return self.groups == weight.shape[0] and weight.shape[1] == 1
+
+    def _across_channels(self, g: Tensor, W: Tensor) -> Tensor:
+        if channels_last(g):
+            return (g.movedim(1, -1) @ W).movedim(-1, 1)
+        return torch.matmul(W.t(), g.flatten(2)).view(len(g), -1, *g.shape[2:])
+
+    def _spread(self, dx: Tensor, like: Like) -> Tensor:
+        """Return a gradient that has one position of every stride with zeros between."""
+        if dx.shape == like.shape:
+            return dx
+        full = torch.zeros(like.shape, dtype=dx.dtype, device=dx.device).contiguous(memory_format=like.format)
+        every = [slice(None), slice(None)] + [slice(None, None, s) for s in self.stride]
+        full[tuple(every)] = dx
+        return full
+
+    def _convolution_backward(self, g: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
+        options = (self.stride, self.padding, self.dilation, False, (0,) * self.dims, self.groups)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *options, [*wanted, False])
 
 
 class Like(NamedTuple):
@@ -53,14 +93,19 @@ class Like(NamedTuple):
     def of(cls, x: Tensor) -> Like:
         return cls(x.shape, x.dtype, channels_last(x))
 
+    @property
+    def format(self) -> torch.memory_format:
+        return torch.channels_last if self.last else torch.contiguous_format
+
     def stand_in(self, g: Tensor) -> Tensor:
         """Return a tensor that looks alike and holds no values."""
-        if self.last:  # convolution_backward takes the format of its result from x
-            return torch.empty(self.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
+        # convolution_backward takes the format of its result from x; on a CPU it would copy an expanded one
+        if self.last or on_cpu(g):
+            return torch.empty(self.shape, dtype=g.dtype, device=g.device, memory_format=self.format)
         return g.new_empty(1).expand(self.shape)
 
     def formatted(self, t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last) if self.last else t.contiguous()
+        return t.contiguous(memory_format=self.format)
 
 
 def matrix(t: Tensor, groups: int, last: bool) -> Tensor:
@@ -102,8 +147,8 @@ def down(g: Tensor, B: Tensor, scale: float, op: Op) -> Tensor:
 def outer(g: Tensor, z: Tensor, op: Op) -> Tensor:
     """Return g z' summed over all positions: (out, r)."""
     if rows := _rows(op, g, z):
-        return rows[0].t() @ rows[1]
-    return torch.bmm(g.flatten(2), z.flatten(2).mT).sum(0)
+        return (rows[1].t() @ rows[0]).t()  # half the time of the product the other way round: few rows, not columns
+    return torch.bmm(z.flatten(2), g.flatten(2).mT).sum(0).t()
 
 
 def _rows(op: Op, *tensors: Tensor) -> list[Tensor] | None:
@@ -121,6 +166,11 @@ def sum_channels(g: Tensor, op: Op) -> Tensor:
 
 def channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Tell whether a tensor lies where oneDNN and MKL compute, in a type they are timed for here."""
+    return t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64)
 
 
 def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

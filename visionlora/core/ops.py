@@ -76,20 +76,27 @@ class LowRankOp(torch.autograd.Function):
         op, dtype, like, scale = ctx.op, ctx.dtype, ctx.like, ctx.scale
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
-        x = ctx.again.get(saved, dtype) if ctx.again else None
+        for_A_alone = ctx.again and z is not None and not op.dims
+        x = ctx.again.get(saved, dtype) if ctx.again and not for_A_alone else None
         dbias = sum_channels(grad, op) if needs_bias else None
         dA: Tensor | None
         dB: Tensor | None
         if ctx.order == "projected":
             full = _merged(weight, A, B, gain, scale, op).to(dtype)
-            dx, dW = op.backward(g, x, full, (needs_x, needs_A or needs_B))
-            dA, dB = _project(gained(dW.to(A.dtype), gain), A, B, scale, op)
+            dx = op.grad_input(g, like, full) if needs_x else None
+            dA = dB = None
+            if needs_A or needs_B:
+                dW = op.grad_weight(g, x, full)
+                dA, dB = _project(gained(dW.to(A.dtype), gain), A, B, scale, op)
         else:
             thin_B = gained(B, gain).to(dtype)
             z = op(x, A.to(dtype)) if z is None else z
             dz = down(g, thin_B, scale, op) if needs_A or (needs_x and ctx.order == "factorised") else None
             dB = gained(outer(g, z, op).to(B.dtype).mul_(scale), gain) if needs_B else None
-            dA = op.backward(dz, x, A.to(dtype), (False, True))[1].to(A.dtype) if needs_A else None
+            dA = None
+            if needs_A:
+                dA = ctx.again.product(dz, saved) if for_A_alone else op.grad_weight(dz, x, A.to(dtype))
+                dA = dA.to(A.dtype)
             dx = _thin_grad_input(ctx, g, dz, weight, A, B, gain) if needs_x else None
         return None if dx is None else dx.to(like.dtype), None, dbias, dA, dB, None, None, None, None
 
@@ -145,11 +152,11 @@ class ComputedOp(torch.autograd.Function):
             leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
             weight = ctx.compute(*leaves)
         g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
-        needs = (ctx.needs_input_grad[0], bool(wanted))
-        dx, dW = op.backward(g, ctx.again.get(saved, dtype), gained(weight.detach(), gain).to(dtype), needs)
+        full = gained(weight.detach(), gain).to(dtype)
+        dx = op.grad_input(g, like, full) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = [None] * len(tensors)
         if wanted:
-            pulled = gained(dW.to(weight.dtype), gain)
+            pulled = gained(op.grad_weight(g, ctx.again.get(saved, dtype), full).to(weight.dtype), gain)
             found = torch.autograd.grad(weight, [leaves[i] for i in wanted], pulled, allow_unused=True)
             for i, found_grad in zip(wanted, found, strict=True):
                 grads[i] = found_grad
