@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
         "core.digest",
         "core.delta",
         "core.computed",
+        "core.rows",
         "core.kept",
         "core.orders",
         "core.maps",

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionlora.core.rows import NormalisedRows, Rows
+
 Again = Callable[..., Tensor]
-PART = 2**18
-"""Numbers that are computed again at a time on a CPU: with what they are made of they stay in its cache."""
 
 
 class Kept(NamedTuple):
@@ -19,9 +19,9 @@ class Kept(NamedTuple):
 
     tensors: tuple[Tensor | None, ...]
     again: Again
-    """Number by number, from tensors of the input's shape or such that broadcast to it."""
-    outer: Callable[..., Tensor] | None = None
-    """A shorter way to `product`, called with dz and the tensors."""
+    """Number by number, from tensors that broadcast to the input."""
+    normalised: bool = False
+    """A LayerNorm over the features made the input; the tensors are its own input, mean, rstd, weight and bias."""
 
     def recipe(self) -> Kept:
         """Return it without the tensors: a node that held them itself would outwit checkpointing."""
@@ -32,32 +32,11 @@ class Kept(NamedTuple):
         with torch.no_grad():
             return self.again(*tensors).to(dtype)
 
-    def product(self, dz: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return dz' x summed over all rows, (r, features), for dz of (..., r) and an input x of (..., features).
-
-        x is never there as a whole: on a CPU a part at a time is formed again and used while it is in the cache.
-        """
-        with torch.no_grad():
-            dz, lead = dz.flatten(0, -2), dz.shape[:-1]
-            if self.outer is not None and all(t is None or t.dtype == dz.dtype for t in tensors):
-                return self.outer(dz, *tensors)
-            whole = [t is None or t.ndim < 2 for t in tensors]
-            split = all(w or t.shape[:-1] == lead for w, t in zip(whole, tensors, strict=True))  # type: ignore[union-attr]
-            if self.again is _itself or dz.device.type != "cpu" or not split:
-                return dz.t() @ self.again(*tensors).flatten(0, -2).to(dz.dtype)
-            rows = [t if w else t.flatten(0, -2) for w, t in zip(whole, tensors, strict=True)]  # type: ignore[union-attr]
-            return self._by_parts(dz, rows, whole)
-
-    def _by_parts(self, dz: Tensor, tensors: list[Tensor | None], whole: list[bool]) -> Tensor:
-        width = max(t.shape[-1] for t in tensors if t is not None)
-        size, total = max(1, PART // width), None
-        for start in range(0, len(dz), size):
-            part = slice(start, start + size)
-            x = self.again(*(t if w else t[part] for w, t in zip(whole, tensors, strict=True)))  # type: ignore[index]
-            x, thin = x.to(dz.dtype), dz[part].t()
-            total = thin @ x if total is None else total.addmm_(thin, x)
-        assert total is not None
-        return total
+    def rows(self, tensors: Sequence[Tensor | None], lead: torch.Size, dtype: torch.dtype) -> Rows:
+        """Return the input row by row, given the tensors as they were saved and its shape without the features."""
+        if self.normalised and all(t is None or t.dtype == dtype for t in tensors):
+            return NormalisedRows(tensors, lead)
+        return Rows(self.again, tensors, lead)
 
 
 def keep(x: Tensor, dtype: torch.dtype) -> Kept:
@@ -90,7 +69,7 @@ def _layer_norm(node: Any) -> Kept:
     x, mean = node._saved_input, node._saved_result1
     tensors = (x, mean, node._saved_result2, node._saved_weight, node._saved_bias)
     over_features = mean.shape == (*x.shape[:-1], 1)
-    return Kept(tensors, _normalised, _outer_normalised if over_features else None)
+    return Kept(tensors, _normalised, normalised=over_features)
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -98,18 +77,6 @@ def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bi
     if weight is None:
         return y
     return y.mul_(weight) if bias is None else torch.addcmul(bias, y, weight)
-
-
-def _outer_normalised(
-    dz: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    # dz' ((x - mean) rstd w + b): the scale of a row moves to dz, and what is the same in a row comes out of the sum
-    scaled = dz * rstd.reshape(-1, 1)
-    total = scaled.t() @ x.flatten(0, -2)
-    total -= (scaled * mean.reshape(-1, 1)).sum(0)[:, None]
-    if weight is not None:
-        total *= weight
-    return total if bias is None else total.add_(dz.sum(0)[:, None] * bias)
 
 
 def _gelu(node: Any) -> Kept:

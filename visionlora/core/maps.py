@@ -90,8 +90,8 @@ class Like(NamedTuple):
     """In memory, channels come after positions."""
 
     @classmethod
-    def of(cls, x: Tensor) -> Like:
-        return cls(x.shape, x.dtype, channels_last(x))
+    def of(cls, x: Tensor, op: Op) -> Like:
+        return cls(x.shape, x.dtype, channels_last(x) and op.dims > 0)
 
     @property
     def format(self) -> torch.memory_format:
@@ -134,11 +134,8 @@ def add_up(y: Tensor, z: Tensor, B: Tensor, scale: float, op: Op) -> None:
         y.view(*y.shape[:2], -1).baddbmm_(B.expand(len(y), *B.shape), z.flatten(2), alpha=scale)
 
 
-def down(g: Tensor, B: Tensor, scale: float, op: Op) -> Tensor:
-    """Return s B' g, in the shape and format of g but for its channels."""
-    B = B * scale
-    if not op.dims:
-        return g @ B
+def down(g: Tensor, B: Tensor, op: Op) -> Tensor:
+    """Return B' g of a convolution, in the shape and format of g but for its channels."""
     if channels_last(g):
         return (g.movedim(1, -1) @ B).movedim(-1, 1)
     return torch.matmul(B.t(), g.flatten(2)).view(len(g), -1, *g.shape[2:])

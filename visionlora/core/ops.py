@@ -37,6 +37,7 @@ from visionlora.core.maps import (
     tensor,
 )
 from visionlora.core.orders import Order
+from visionlora.core.rows import thin_gradients
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -59,7 +60,7 @@ class LowRankOp(torch.autograd.Function):
     ) -> Tensor:
         """A is (groups * r, in, *kernel), B is (out, r); weight and gain are constants."""
         dtype = compute_dtype(x)
-        ctx.op, ctx.order, ctx.scale, ctx.dtype, ctx.like = op, order, scale, dtype, Like.of(x)
+        ctx.op, ctx.order, ctx.scale, ctx.dtype, ctx.like = op, order, scale, dtype, Like.of(x, op)
         y, z = low_rank(x.to(dtype), weight, bias, A, B, gain, scale, op, order)
         thin = not A.requires_grad and order != "projected"
         if thin and z is None:
@@ -75,28 +76,30 @@ class LowRankOp(torch.autograd.Function):
         weight, A, B, gain, z, *saved = ctx.saved_tensors
         op, dtype, like, scale = ctx.op, ctx.dtype, ctx.like, ctx.scale
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
-        for_A_alone = ctx.again and z is not None and not op.dims
-        x = ctx.again.get(saved, dtype) if ctx.again and not for_A_alone else None
+        g = like.formatted(grad.to(dtype))
         dbias = sum_channels(grad, op) if needs_bias else None
+        dz: Tensor | None
         dA: Tensor | None
         dB: Tensor | None
         if ctx.order == "projected":
+            x = ctx.again.get(saved, dtype)
             full = _merged(weight, A, B, gain, scale, op).to(dtype)
             dx = op.grad_input(g, like, full) if needs_x else None
             dA = dB = None
             if needs_A or needs_B:
-                dW = op.grad_weight(g, x, full)
-                dA, dB = _project(gained(dW.to(A.dtype), gain), A, B, scale, op)
+                dA, dB = _project(gained(op.grad_weight(g, x, full).to(A.dtype), gain), A, B, scale, op)
         else:
-            thin_B = gained(B, gain).to(dtype)
-            z = op(x, A.to(dtype)) if z is None else z
-            dz = down(g, thin_B, scale, op) if needs_A or (needs_x and ctx.order == "factorised") else None
-            dB = gained(outer(g, z, op).to(B.dtype).mul_(scale), gain) if needs_B else None
-            dA = None
-            if needs_A:
-                dA = ctx.again.product(dz, saved) if for_A_alone else op.grad_weight(dz, x, A.to(dtype))
-                dA = dA.to(A.dtype)
+            wanted = (needs_x and ctx.order == "factorised", needs_A, needs_B)
+            thin_B = gained(B, gain).to(dtype) * scale
+            if op.dims:
+                x = ctx.again.get(saved, dtype) if ctx.again else None
+                dz, dA, dB = _thin_gradients(g, x, z, A.to(dtype), thin_B, wanted, op)
+            else:
+                rows = ctx.again.rows(saved, like.shape[:-1], dtype) if ctx.again else None
+                thin = None if z is None else z.reshape(-1, z.shape[-1])
+                dz, dA, dB = thin_gradients(g.reshape(-1, g.shape[-1]), rows, thin, A.to(dtype), thin_B, wanted)
+            dA = None if dA is None else dA.to(A.dtype)
+            dB = None if dB is None else gained(dB.to(B.dtype) * scale, gain)
             dx = _thin_grad_input(ctx, g, dz, weight, A, B, gain) if needs_x else None
         return None if dx is None else dx.to(like.dtype), None, dbias, dA, dB, None, None, None, None
 
@@ -135,7 +138,7 @@ class ComputedOp(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         dtype = compute_dtype(x)
-        ctx.op, ctx.compute, ctx.dtype, ctx.like = op, compute, dtype, Like.of(x)
+        ctx.op, ctx.compute, ctx.dtype, ctx.like = op, compute, dtype, Like.of(x, op)
         kept = keep(x, dtype)
         ctx.again, ctx.count = kept.recipe(), len(kept.tensors)
         ctx.save_for_backward(gain, *kept.tensors, *tensors)
@@ -151,7 +154,7 @@ class ComputedOp(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
             weight = ctx.compute(*leaves)
-        g = like.formatted(grad.to(dtype)) if op.dims else grad.to(dtype)
+        g = like.formatted(grad.to(dtype))
         full = gained(weight.detach(), gain).to(dtype)
         dx = op.grad_input(g, like, full) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = [None] * len(tensors)
@@ -170,7 +173,7 @@ class FrozenOp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, op: Op) -> Tensor:
         dtype = compute_dtype(x)
-        ctx.op, ctx.dtype, ctx.like = op, dtype, Like.of(x)
+        ctx.op, ctx.dtype, ctx.like = op, dtype, Like.of(x, op)
         ctx.save_for_backward(weight, gain)
         return op(x.to(dtype), gained(weight, gain).to(dtype), cast(bias, dtype))
 
@@ -178,10 +181,23 @@ class FrozenOp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         weight, gain = ctx.saved_tensors
-        g = ctx.like.formatted(grad.to(ctx.dtype)) if ctx.op.dims else grad.to(ctx.dtype)
+        g = ctx.like.formatted(grad.to(ctx.dtype))
         dx = ctx.op.grad_input(g, ctx.like, gained(weight, gain).to(ctx.dtype))
         dbias = sum_channels(grad, ctx.op) if ctx.needs_input_grad[2] else None
         return dx.to(ctx.like.dtype), None, dbias, None, None
+
+
+def _thin_gradients(
+    g: Tensor, x: Tensor | None, z: Tensor | None, A: Tensor, B: Tensor, wanted: tuple[bool, bool, bool], op: Op
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return what thin_gradients gives, for a convolution."""
+    wants_dz, wants_dA, wants_dB = wanted
+    if z is None:
+        assert x is not None
+        z = op(x, A)
+    dz = down(g, B, op) if wants_dz or wants_dA else None
+    dA = op.grad_weight(dz, x, A) if wants_dA and dz is not None and x is not None else None
+    return dz, dA, outer(g, z, op) if wants_dB else None
 
 
 def _thin_grad_input(
@@ -194,7 +210,7 @@ def _thin_grad_input(
     dx = op.grad_input(g, like, gained(weight, gain).to(dtype))
     assert dz is not None
     if not op.dims:
-        return dx.flatten(0, -2).addmm_(dz.flatten(0, -2), A.to(dtype)).view_as(dx)
+        return dx.flatten(0, -2).addmm_(dz, A.to(dtype)).view_as(dx)
     return dx.add_(op.grad_input(dz, like, A.to(dtype)))
 
 
