@@ -30,8 +30,7 @@ class Op(NamedTuple):
         if not self.dims:
             return g.flatten(0, -2).t() @ x.flatten(0, -2)
         if self.is_pointwise(weight) and max(self.stride) == 1 and channels_last(x) and channels_last(g) and on_cpu(g):
-            rows, columns = g.movedim(1, -1).flatten(0, -2), x.movedim(1, -1).flatten(0, -2)
-            return (rows.t() @ columns).view(weight.shape)
+            return (by_position(g).t() @ by_position(x)).view(weight.shape)
         dW: Tensor = self._convolution_backward(g, x, weight, (False, True))[1]
         return dW
 
@@ -152,9 +151,12 @@ def _rows(op: Op, *tensors: Tensor) -> list[Tensor] | None:
     """Return the tensors as (positions, channels) views, or None where channels come before positions in memory."""
     if not op.dims:
         return [t.reshape(-1, t.shape[-1]) for t in tensors]
-    if not channels_last(tensors[0]):
-        return None
-    return [t.movedim(1, -1).reshape(-1, t.shape[1]) for t in tensors]
+    return [by_position(t) for t in tensors] if channels_last(tensors[0]) else None
+
+
+def by_position(t: Tensor) -> Tensor:
+    """Return a map (batch, channels, *positions) as (batch * positions, channels)."""
+    return t.movedim(1, -1).reshape(-1, t.shape[1])
 
 
 def sum_channels(g: Tensor, op: Op) -> Tensor:

@@ -25,6 +25,7 @@ from visionlora.core.maps import (
     Op,
     add_up,
     as_given,
+    by_position,
     cast,
     channels_last,
     column,
@@ -32,12 +33,13 @@ from visionlora.core.maps import (
     down,
     gained,
     matrix,
+    on_cpu,
     outer,
     sum_channels,
     tensor,
 )
 from visionlora.core.orders import Order
-from visionlora.core.rows import thin_gradients
+from visionlora.core.rows import Rows, thin_gradients
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -192,6 +194,12 @@ def _thin_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return what thin_gradients gives, for a convolution."""
     wants_dz, wants_dA, wants_dB = wanted
+    if on_cpu(g) and channels_last(g) and op.is_pointwise(A) and max(op.stride) == 1:
+        thin = None if z is None else by_position(z)
+        source = None if x is None else Rows.of(by_position(x))
+        dz, dA, dB = thin_gradients(by_position(g), source, thin, A.flatten(1), B, wanted)
+        shape = (len(g), *g.shape[2:], B.shape[1])
+        return None if dz is None else dz.view(shape).movedim(-1, 1), None if dA is None else dA.view(A.shape), dB
     if z is None:
         assert x is not None
         z = op(x, A)

@@ -27,6 +27,11 @@ class Rows:
             self.again, self.split = (lambda x: x), [True]
             self.tensors = [again(*tensors).flatten(0, -2)]
 
+    @staticmethod
+    def of(x: Tensor) -> Rows:
+        """Return the rows of an x that is there, (rows, features)."""
+        return Rows(lambda x: x, (x,), x.shape[:-1])
+
     def part(self, at: slice, dtype: torch.dtype) -> Tensor:
         """Return some rows, (rows, features)."""
         return self.again(
