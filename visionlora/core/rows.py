@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-PART = 2**18
+PART = 2**19
 """Numbers of x and g of one part: what is made of them stays in the cache of a core."""
 
 
