@@ -207,7 +207,8 @@ def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of ImageClassifier for a run."""
     mode = run["mode"]
     if mode in LORA:
-        return {"mode": "lora", "lora": LoraConfig(**LORA[mode] | run.get("lora", {})), "lr": run["lr"]}
+        lora = LoraConfig(**LORA[mode] | run.get("lora", {}))
+        return {"mode": "lora", "recipe": "none", "lora": lora, "lr": run["lr"]}
     return {} if mode == "before" else {"mode": mode, "lr": run["lr"]}
 
 

@@ -251,7 +251,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, dropout: flo
     )  # the first training pass finds norms to fold: the next ones are rounded in another order
     plain = gradients(model, x)
     model.set_grad_checkpointing()
-    assert_close(gradients(model, x), plain, rtol=0, atol=0)
+    assert_close(gradients(model, x), plain, rtol=1e-9, atol=1e-11)  # inputs that are kept are summed in another order
     assert dropout or all(grad.abs().max() > 0 for key, grad in plain.items() if key.endswith((".A", ".B")))
 
 

@@ -138,7 +138,7 @@ def test_the_optimiser_holds_exactly_what_is_trained(tmp_path, mode):
 
 
 def test_rates_of_head_and_B_are_multiplied_and_flat_tensors_do_not_decay(tmp_path):
-    module = classifier(lr=1e-2, head_lr_factor=3, lora_plus=8, weight_decay=0.1)
+    module = classifier(recipe="none", lr=1e-2, head_lr_factor=3, lora_plus=8, weight_decay=0.1)
     run = trainer(tmp_path, max_steps=1, max_epochs=1)
     run.fit(module, datamodule=Data())
     groups = {g["name"]: (g["initial_lr"], g["weight_decay"]) for g in run.optimizers[0].param_groups}
@@ -252,7 +252,7 @@ def test_full_mode_is_plain_timm_fine_tuning(tmp_path):
         def train_dataloader(self) -> DataLoader[Any]:
             return self._loader()
 
-    module = classifier(mode="full", lr=1e-3, warmup=0.0, weight_decay=0.0)
+    module = classifier(mode="full", lr=1e-3, warmup=0.0, weight_decay=0.0, memory_format="contiguous")
     plain, data = backbone(), InOrder()
     trainer(tmp_path, max_epochs=2).fit(module, datamodule=data)
 

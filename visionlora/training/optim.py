@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.precision import MixedPrecision
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -32,7 +33,18 @@ def adamw(
     known = {name: factor for name, factor in factors.items() if name in parameters}
     groups = parameter_groups(parameters, lr=lr, weight_decay=weight_decay, factors=known)
     devices = {p.device.type for group in groups for p in group["params"]}
-    return AdamW(groups, fused=devices <= _FUSED and not isinstance(trainer.precision_plugin, MixedPrecision))
+    optimizer = AdamW(groups, fused=devices <= _FUSED and not isinstance(trainer.precision_plugin, MixedPrecision))
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    return optimizer
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    # on a CPU the fused step pairs numbers by their place in memory, whatever the strides (torch 2.15): moments saved
+    # in another layout would be taken for those of other numbers
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 _FUSED = {"cpu", "cuda", "mps", "xpu"}

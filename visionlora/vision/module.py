@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -29,7 +30,7 @@ from visionlora.vision.backbone import create_backbone
 from visionlora.vision.caching import cache_prefix, drop_cache
 from visionlora.vision.features import FeatureBatch
 from visionlora.vision.full import save_full
-from visionlora.vision.layout import Layout, laid_out, set_layout
+from visionlora.vision.layout import Layout, laid_out, layout_for
 from visionlora.vision.loops import (
     as_batch,
     class_weight,
@@ -44,6 +45,7 @@ from visionlora.vision.loops import (
 )
 from visionlora.vision.metrics import Result, Scores, check_labels, check_predictions
 from visionlora.vision.prefix import Cut
+from visionlora.vision.recipe import Recipe, suited
 from visionlora.vision.settings import LEAN, RATES, Memory, Mode, adapter_config, check_settings
 
 __all__ = ["ImageClassifier", "Mode"]
@@ -65,6 +67,8 @@ class ImageClassifier(pl.LightningModule):
         class_names: their names in the order of their numbers, stored in the adapter.
         mode: what is trained.
         lora: the adapter of mode "lora"; the other modes do not read it.
+        recipe: "auto" takes a larger adapter for a CNN with fewer than a million weights, where lora is left at its
+            defaults and memory at "exact"; it is told in the log. "none" takes lora as it is.
         pretrained: start from timm's weights (fetched when they are not on this machine).
         checkpoint: start from a local file with weights of this backbone instead.
         model_args: further arguments of timm.create_model.
@@ -80,11 +84,11 @@ class ImageClassifier(pl.LightningModule):
         memory: "lean" keeps A of every layer at its random start (variant "fa"): inputs of layers need not be kept for
             the backward pass. Accuracy can be lower (docs/performance.md). "exact" trains what the LoraConfig says.
         grad_checkpointing: keep the inputs of blocks alone and compute blocks again in the backward pass (timm's
-            set_grad_checkpointing): the same numbers, less memory, one more forward pass.
+            set_grad_checkpointing): the same numbers but for rounding, less memory, one more
+            forward pass.
         cache_prefix: run what lies before the first adapted layer once for each image and keep its output, in memory or
             on disk; needs data.augment none.
-        memory_format: how kernels and images lie in memory; "auto" is channels_last for CNNs with BatchNorm. Outputs
-            depend on it by rounding, files not at all.
+        memory_format: how kernels and images lie in memory during fit; "auto" is channels_last for CNNs with BatchNorm.
         quantize: store the frozen base in fewer bits (extra "quant"): int8, a quarter of the memory, or nf4, an eighth.
         adapter_name: name of the adapter on the model and in its file.
         data: what the images went through (input_size, mean, std ...), stored in the adapter; by default timm's own.
@@ -101,6 +105,7 @@ class ImageClassifier(pl.LightningModule):
         class_names: list[str] | None = None,
         mode: Mode = "lora",
         lora: LoraConfig = _LORA,
+        recipe: Recipe = "auto",
         pretrained: bool = True,
         checkpoint: str | None = None,
         model_args: dict[str, Any] | None = None,
@@ -148,6 +153,8 @@ class ImageClassifier(pl.LightningModule):
         lora = settings["lora"]
         config = LoraConfig.from_dict(dict(lora)) if isinstance(lora, Mapping) else lora
         check_settings(settings)
+        if (settings["mode"], settings["recipe"], settings["memory"]) == ("lora", "auto", "exact"):
+            config = suited(config, net)
         self.save_hyperparameters({**settings, "lora": config.to_dict()})
         self.net, self.config = net.train(), adapter_config(self.hparams.mode, config, self.hparams.memory)
         self._base = fingerprint(net)
@@ -167,7 +174,7 @@ class ImageClassifier(pl.LightningModule):
                 apply_lora(net, self.config, name=self.hparams.adapter_name)
         if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
             raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
-        self._layout = set_layout(net, self.hparams.memory_format)
+        self._layout = torch.contiguous_format
         if self.hparams.grad_checkpointing:
             checkpoint_blocks(net, example_of(net, input_of(self.hparams)))
         if self.hparams.compile:
@@ -187,6 +194,16 @@ class ImageClassifier(pl.LightningModule):
         """Return the training loss: cross-entropy with class weights and label smoothing."""
         smoothing: float = self.hparams.label_smoothing
         return F.cross_entropy(logits.float(), labels, weight=self._class_weight, label_smoothing=smoothing)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.device_mesh is None and not self.hparams.compile:  # Inductor lays out by itself
+            self._layout = layout_for(self.net, self.hparams.memory_format)
+            self.net.to(memory_format=self._layout)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self._layout is not torch.contiguous_format:
+            self._layout = torch.contiguous_format
+            self.net.to(memory_format=self._layout)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self.net, FSDPModule):  # ModelParallelStrategy asks for it

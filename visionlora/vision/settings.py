@@ -57,11 +57,19 @@ def check_settings(settings: dict[str, Any]) -> None:
     _in_range("weight_decay", settings["weight_decay"])
     for name in ("warmup", "label_smoothing"):
         _in_range(name, settings[name], below=1)
+    _one_of("recipe", settings["recipe"], ["auto", "none"])
+    _one_of("memory_format", settings["memory_format"], ["auto", "contiguous", "channels_last"])
     _check_weights(settings["class_weights"], classes)
     check_adapter_name(settings["adapter_name"])
     _check_cache(settings)
     if settings["quantize"] != "none" and settings["mode"] == "full":
         raise ConfigError(f"mode full trains the weights that quantize: {settings['quantize']} rounds; use mode lora")
+
+
+def _one_of(name: str, value: Any, choices: list[str]) -> None:
+    if value not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise ConfigError(f"{name} must be {listed}, got {value!r}{did_you_mean(str(value), choices)}")
 
 
 def _check_cache(settings: dict[str, Any]) -> None:
