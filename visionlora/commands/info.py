@@ -20,6 +20,7 @@ from visionlora.io.record import tensor_prefix
 from visionlora.overview import readable_size, summary, table
 from visionlora.targets.presets import PRESETS, family
 from visionlora.vision.backbone import create_backbone
+from visionlora.vision.recipe import suited
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -64,7 +65,7 @@ def lora_config(words: list[str], prog: str = "visionlora info") -> LoraConfig:
 def would_be_attached(model_name: str, config: LoraConfig, num_classes: int | None = None) -> str:
     """Return the table of an adapter on a backbone with random weights: nothing is downloaded."""
     net = create_backbone(model_name, pretrained=False, num_classes=num_classes)
-    apply_lora(net, config, name="new")
+    apply_lora(net, suited(config, net), name="new")  # what fit would attach
     preset = family(net) if family(net) in PRESETS else "any backbone"
     chosen = f'target_modules="auto", preset of {preset}' if config.target_modules == "auto" else "targets as given"
     return f"{model_name} with {config.variant}, {chosen}\n\n{summary(net)}"
