@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import visionlora as vl
 from visionlora.errors import ConfigError
+from visionlora.vision.layout import layout_for
 from visionlora.vision.module import ImageClassifier
 
 pytestmark = [
@@ -75,6 +76,11 @@ def test_an_adapter_trained_channels_last_is_the_same_bits_on_a_base_of_its_own(
     x = images(seed=9)[0]
     with torch.no_grad():
         assert torch.equal(net(x), module.eval()(x))
+
+
+def test_several_processes_stay_contiguous_unless_asked() -> None:
+    assert layout_for(backbone(), "auto", processes=2) is torch.contiguous_format
+    assert layout_for(backbone(), "channels_last", processes=2) is torch.channels_last
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -44,7 +44,7 @@ def _subject(options: argparse.Namespace, rest: list[str]) -> tuple[str, nn.Modu
     """Return what costs are told of: a title, the backbone without its weights, the adapter."""
     if options.model is not None:
         net = create_backbone(options.model, pretrained=False, num_classes=options.num_classes)
-        return options.model, net, lora_config(rest)
+        return options.model, net, suited(lora_config(rest), net)  # what fit would attach
     record = read_adapter(options.adapter).record
     base = record["base"]
     if base["name"] is None or "task_type" in (record["data"] or {}):
@@ -65,7 +65,8 @@ def lora_config(words: list[str], prog: str = "visionlora info") -> LoraConfig:
 def would_be_attached(model_name: str, config: LoraConfig, num_classes: int | None = None) -> str:
     """Return the table of an adapter on a backbone with random weights: nothing is downloaded."""
     net = create_backbone(model_name, pretrained=False, num_classes=num_classes)
-    apply_lora(net, suited(config, net), name="new")  # what fit would attach
+    config = suited(config, net)  # what fit would attach
+    apply_lora(net, config, name="new")
     preset = family(net) if family(net) in PRESETS else "any backbone"
     chosen = f'target_modules="auto", preset of {preset}' if config.target_modules == "auto" else "targets as given"
     return f"{model_name} with {config.variant}, {chosen}\n\n{summary(net)}"

@@ -127,31 +127,27 @@ def column(gain: Tensor, t: Tensor) -> Tensor:
 
 def add_up(y: Tensor, z: Tensor, B: Tensor, scale: float, op: Op) -> None:
     """Change y in place: add s B z."""
-    if rows := _rows(op, y, z):
-        rows[0].addmm_(rows[1], B.t(), alpha=scale)
+    if not op.dims:
+        y.reshape(-1, y.shape[-1]).addmm_(z.reshape(-1, z.shape[-1]), B.t(), alpha=scale)
+    elif channels_last(y):
+        by_position(y).addmm_(by_position(z), B.t(), alpha=scale)
     else:
         y.view(*y.shape[:2], -1).baddbmm_(B.expand(len(y), *B.shape), z.flatten(2), alpha=scale)
 
 
-def down(g: Tensor, B: Tensor, op: Op) -> Tensor:
+def down(g: Tensor, B: Tensor) -> Tensor:
     """Return B' g of a convolution, in the shape and format of g but for its channels."""
     if channels_last(g):
         return (g.movedim(1, -1) @ B).movedim(-1, 1)
     return torch.matmul(B.t(), g.flatten(2)).view(len(g), -1, *g.shape[2:])
 
 
-def outer(g: Tensor, z: Tensor, op: Op) -> Tensor:
-    """Return g z' summed over all positions: (out, r)."""
-    if rows := _rows(op, g, z):
-        return (rows[1].t() @ rows[0]).t()  # half the time of the product the other way round: few rows, not columns
+def outer(g: Tensor, z: Tensor) -> Tensor:
+    """Return g z' of a convolution, summed over all positions: (out, r)."""
+    # z g' has few rows and g z' few columns: half the time
+    if channels_last(g):
+        return (by_position(z).t() @ by_position(g)).t()
     return torch.bmm(z.flatten(2), g.flatten(2).mT).sum(0).t()
-
-
-def _rows(op: Op, *tensors: Tensor) -> list[Tensor] | None:
-    """Return the tensors as (positions, channels) views, or None where channels come before positions in memory."""
-    if not op.dims:
-        return [t.reshape(-1, t.shape[-1]) for t in tensors]
-    return [by_position(t) for t in tensors] if channels_last(tensors[0]) else None
 
 
 def by_position(t: Tensor) -> Tensor:

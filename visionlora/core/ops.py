@@ -203,9 +203,9 @@ def _thin_gradients(
     if z is None:
         assert x is not None
         z = op(x, A)
-    dz = down(g, B, op) if wants_dz or wants_dA else None
+    dz = down(g, B) if wants_dz or wants_dA else None
     dA = op.grad_weight(dz, x, A) if wants_dA and dz is not None and x is not None else None
-    return dz, dA, outer(g, z, op) if wants_dB else None
+    return dz, dA, outer(g, z) if wants_dB else None
 
 
 def _thin_grad_input(

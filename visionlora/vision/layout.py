@@ -13,14 +13,15 @@ Layout = Literal["auto", "contiguous", "channels_last"]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def layout_for(net: nn.Module, layout: Layout) -> torch.memory_format:
+def layout_for(net: nn.Module, layout: Layout, *, processes: int = 1) -> torch.memory_format:
     """Return how kernels and images should lie in memory while a network is trained.
 
     "auto" is channels_last for convolutional networks, known by their BatchNorm (docs/performance.md has the figures),
-    and contiguous for others.
+    and contiguous for others and for several processes: DDP warns of every 1 x 1 kernel, whose strides mean nothing.
     """
-    chosen = layout if layout != "auto" else "channels_last" if batch_norms(net) else "contiguous"
-    return LAYOUTS[chosen]
+    if layout == "auto":
+        return torch.channels_last if batch_norms(net) and processes == 1 else torch.contiguous_format
+    return LAYOUTS[layout]
 
 
 def laid_out(images: Tensor, layout: torch.memory_format) -> Tensor:

@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
 from visionlora.adapt import apply_lora
 from visionlora.config import LoraConfig, did_you_mean
 from visionlora.core.blocks import checkpoint_blocks
-from visionlora.data.dataset import Batch
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
 from visionlora.merging import fingerprint
@@ -28,25 +26,20 @@ from visionlora.training.optim import adamw, warmup_cosine
 from visionlora.training.sharding import shard
 from visionlora.vision.backbone import create_backbone
 from visionlora.vision.caching import cache_prefix, drop_cache
-from visionlora.vision.features import FeatureBatch
 from visionlora.vision.full import save_full
-from visionlora.vision.layout import Layout, laid_out, layout_for
+from visionlora.vision.layout import Layout, layout_for
 from visionlora.vision.loops import (
-    as_batch,
     class_weight,
     example_of,
     full_groups,
-    image_paths,
     input_of,
     planned_steps,
     see_data,
     seeded,
-    set_names,
 )
-from visionlora.vision.metrics import Result, Scores, check_labels, check_predictions
-from visionlora.vision.prefix import Cut
 from visionlora.vision.recipe import Recipe, suited
 from visionlora.vision.settings import LEAN, RATES, Memory, Mode, adapter_config, check_settings
+from visionlora.vision.steps import ImageSteps
 
 __all__ = ["ImageClassifier", "Mode"]
 
@@ -55,7 +48,7 @@ log = logging.getLogger(__name__)
 _LORA = LoraConfig()
 
 
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(ImageSteps):
     """Train a timm backbone to tell classes of images apart.
 
     "lora" trains what the LoraConfig says, "linear" the head alone, "norm" head and normalisation, "full" every weight
@@ -84,18 +77,16 @@ class ImageClassifier(pl.LightningModule):
         memory: "lean" keeps A of every layer at its random start (variant "fa"): inputs of layers need not be kept for
             the backward pass. Accuracy can be lower (docs/performance.md). "exact" trains what the LoraConfig says.
         grad_checkpointing: keep the inputs of blocks alone and compute blocks again in the backward pass (timm's
-            set_grad_checkpointing): the same numbers but for rounding, less memory, one more
-            forward pass.
+            set_grad_checkpointing): the same numbers but for rounding, less memory, one more forward pass.
         cache_prefix: run what lies before the first adapted layer once for each image and keep its output, in memory or
             on disk; needs data.augment none.
-        memory_format: how kernels and images lie in memory during fit; "auto" is channels_last for CNNs with BatchNorm.
+        memory_format: how kernels and images lie in memory during fit; "auto" is channels_last for CNNs with BatchNorm
+            in one process.
         quantize: store the frozen base in fewer bits (extra "quant"): int8, a quarter of the memory, or nf4, an eighth.
         adapter_name: name of the adapter on the model and in its file.
         data: what the images went through (input_size, mean, std ...), stored in the adapter; by default timm's own.
         seed: of the starting values of the adapter.
     """
-
-    net: nn.Module
 
     def __init__(
         self,
@@ -159,12 +150,6 @@ class ImageClassifier(pl.LightningModule):
         self.net, self.config = net.train(), adapter_config(self.hparams.mode, config, self.hparams.memory)
         self._base = fingerprint(net)
         self.class_names = list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
-        self.results: dict[str, Result] = {}
-        """Newest result of each set of images: "val", "test" or "test/<name>"."""
-        self._scores: dict[str, Scores] = {}
-        self._first_epoch = 0
-        self._cut: Cut | None = None
-        self.register_buffer("_class_weight", None, persistent=False)
         if self.config is None:
             net.requires_grad_(True)
         else:
@@ -174,30 +159,15 @@ class ImageClassifier(pl.LightningModule):
                 apply_lora(net, self.config, name=self.hparams.adapter_name)
         if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
             raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
-        self._layout = torch.contiguous_format
         if self.hparams.grad_checkpointing:
             checkpoint_blocks(net, example_of(net, input_of(self.hparams)))
         if self.hparams.compile:
             net.compile()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, (batch, classes)."""
-        return self.net(laid_out(images, self._layout))  # type: ignore[no-any-return]
-
-    def _logits(self, batch: Batch | FeatureBatch) -> Tensor:
-        if isinstance(batch, FeatureBatch):
-            assert self._cut is not None
-            return self._cut.logits(batch.images)
-        return self(batch.images)  # type: ignore[no-any-return]
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the training loss: cross-entropy with class weights and label smoothing."""
-        smoothing: float = self.hparams.label_smoothing
-        return F.cross_entropy(logits.float(), labels, weight=self._class_weight, label_smoothing=smoothing)
-
     def setup(self, stage: str) -> None:
         if stage == "fit" and self.device_mesh is None and not self.hparams.compile:  # Inductor lays out by itself
-            self._layout = layout_for(self.net, self.hparams.memory_format)
+            processes = self.trainer.world_size
+            self._layout = layout_for(self.net, self.hparams.memory_format, processes=processes)
             self.net.to(memory_format=self._layout)
 
     def teardown(self, stage: str) -> None:
@@ -236,49 +206,6 @@ class ImageClassifier(pl.LightningModule):
         if self._cut is not None:
             self._cut = None
             drop_cache(self.trainer)
-
-    def on_train_start(self) -> None:
-        self._first_epoch = self.current_epoch
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batch = as_batch(batch)
-        # on a GPU this waits for the device; labels do not change from epoch to epoch
-        if batch.labels.is_cpu or self.current_epoch == self._first_epoch:
-            check_labels(batch.labels, self.hparams.num_classes)
-        loss, size = self.loss(self._logits(batch), batch.labels), len(batch.images)
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=size)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size)
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        run = self.trainer
-        stage, batches = ("test", run.num_test_batches) if run.testing else ("val", run.num_val_batches)
-        names = set_names(stage, len(batches), run)
-        self._scores = {name: Scores(self.hparams.num_classes, self.device) for name in names}
-
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        batch = as_batch(batch)
-        check_labels(batch.labels, self.hparams.num_classes)
-        list(self._scores.values())[dataloader_idx].update(self._logits(batch), batch.labels)
-
-    def on_validation_epoch_end(self) -> None:
-        for name, scores in self._scores.items():
-            result = self.results[name] = scores.compute()
-            for key, value in result.scalars().items():
-                self.log(f"{name}/{key}", value, prog_bar=key == "acc", sync_dist=True, add_dataloader_idx=False)
-
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Return {"probabilities": (batch, classes) on the CPU, "classes": names of the likeliest, "paths": files}."""
-        batch = as_batch(batch)
-        logits = self(batch.images).float()
-        check_predictions(logits)
-        probabilities = logits.softmax(-1).cpu()
-        classes = [self.class_names[i] for i in probabilities.argmax(-1).tolist()]
-        paths = image_paths(self.trainer.predict_dataloaders, dataloader_idx, batch)
-        return {"probabilities": probabilities, "classes": classes, "paths": paths}
 
     def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters to train, by the name of their group: A, B, m, head, norm, bias, saved or backbone."""
