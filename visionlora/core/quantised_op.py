@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from visionlora.core.kept import keep
 from visionlora.core.maps import Op, cast, compute_dtype, sum_channels
 from visionlora.core.quantised import dequantised
+from visionlora.core.rows import thin_gradients
 
 _Grads = tuple[Tensor | None, ...]
 
@@ -32,8 +33,9 @@ class QuantisedOp(torch.autograd.Function):
         ctx.scale, ctx.dtype, ctx.like = scale, dtype, x.dtype
         ctx.weight = weight  # save_for_backward would unpack the tensor into its parts
         z = F.linear(x.to(dtype), A.to(dtype)) if A is not None and not A.requires_grad else None
-        ctx.again = keep(x, dtype) if A is not None and A.requires_grad else None
-        ctx.save_for_backward(A, B, z, *(ctx.again.tensors if ctx.again else ()))
+        kept = keep(x, dtype) if A is not None and A.requires_grad else None
+        ctx.again = kept and kept.recipe()  # a node that held the tensors itself would outwit checkpointing
+        ctx.save_for_backward(A, B, z, *(kept.tensors if kept else ()))
         return quantised_linear(x.to(dtype), weight, bias, A, B, scale)
 
     @staticmethod
@@ -47,13 +49,12 @@ class QuantisedOp(torch.autograd.Function):
         dbias = sum_channels(grad, Op()) if needs_bias else None
         dA = dB = None
         if needs_A or needs_B:
-            x = ctx.again.get(saved, dtype).flatten(0, -2) if ctx.again else None
-            rows = g.flatten(0, -2)
-            if needs_B:
-                thin = x @ A.to(dtype).t() if x is not None else z.flatten(0, -2)
-                dB = (rows.t() @ thin).to(B.dtype).mul_(scale)
-            if needs_A:
-                dA = ((rows @ B.to(dtype)).t() @ x).to(A.dtype).mul_(scale)
+            rows = ctx.again.rows(saved, g.shape[:-1], dtype) if ctx.again else None
+            thin = None if z is None else z.flatten(0, -2)
+            factors, wanted = (A.to(dtype), B.to(dtype) * scale), (False, needs_A, needs_B)
+            _, dA, dB = thin_gradients(g.flatten(0, -2), rows, thin, *factors, wanted)
+            dA = None if dA is None else dA.to(A.dtype)
+            dB = None if dB is None else dB.to(B.dtype) * scale
         return dx, None, dbias, dA, dB, None
 
 
