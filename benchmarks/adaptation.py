@@ -177,7 +177,8 @@ def base_of(task: Task, name: str, table: Path, weights: Path, work: Path, which
 
 def runs(task: Task, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what says which run it is: seed, mode, learning rate, and what else was asked for."""
-    asked = {key: value for key in ("epochs", "folds", "lora", "base") if (value := getattr(args, key)) is not None}
+    keys = ("epochs", "folds", "lora", "settings", "base")
+    asked = {key: value for key in keys if (value := getattr(args, key)) is not None}
     if not asked:
         yield {"mode": "before", "seed": None, "lr": None}
     for seed in args.seeds:
@@ -208,7 +209,7 @@ def settings_of(run: dict[str, Any]) -> dict[str, Any]:
     mode = run["mode"]
     if mode in LORA:
         lora = LoraConfig(**LORA[mode] | run.get("lora", {}))
-        return {"mode": "lora", "recipe": "none", "lora": lora, "lr": run["lr"]}
+        return {"mode": "lora", "recipe": "none", "lora": lora, "lr": run["lr"], **run.get("settings", {})}
     return {} if mode == "before" else {"mode": mode, "lr": run["lr"]}
 
 
@@ -227,6 +228,7 @@ def main() -> None:
         "--folds", type=int, help="test on the target's training images: seed k on the k-th of so many parts"
     )
     parser.add_argument("--lora", type=json.loads, help="""more settings of LoraConfig: '{"r": 32}'""")
+    parser.add_argument("--settings", type=json.loads, help="""more settings of LoRA runs: '{"lora_plus": 4}'""")
     parser.add_argument("--base", help="name of a base of its own: another training of it; rows are kept apart")
     parser.add_argument("--table", type=Path, help="print the tables of a results file")
     args = parser.parse_args()

@@ -50,7 +50,7 @@ def heading_of(row: dict[str, Any]) -> str:
 
 
 def label_of(row: dict[str, Any]) -> str:
-    asked = {"lr": row["lr"], "epochs": row.get("epochs"), **row.get("lora", {})}
+    asked = {"lr": row["lr"], "epochs": row.get("epochs"), **row.get("lora", {}), **row.get("settings", {})}
     words = [f"{key} {value}" for key, value in asked.items() if value is not None]
     return row["mode"] + (f" ({', '.join(words)})" if words else "")
 
