@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
         "core.thin",
         "core.digest",
         "core.delta",
+        "core.deferred",
         "core.computed",
         "core.rows",
         "core.kept",

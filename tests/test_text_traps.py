@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from text_toy import pretrained
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 import visionlora as vl
 from visionlora import LoraConfig
+from visionlora.core.orders import forced
 from visionlora.errors import BaseMismatchError
 from visionlora.targets import select
 from visionlora.text import load_older_adapter
@@ -104,3 +106,16 @@ def test_t5_reads_a_weight_of_an_adapted_layer() -> None:
     vl.apply_lora(net, LoraConfig(r=2, target_modules=["wo"]))
     assert net.encoder.block[0].layer[1].DenseReluDense.wo.weight.shape == (32, 64)
     assert_close(net(input_ids=ids, decoder_input_ids=ids).logits, expected)
+
+
+def test_t5_asks_a_weight_for_its_type_without_forming_it() -> None:
+    net, ids = pretrained("t5"), torch.tensor([[5, 6, 1]])
+
+    def operations() -> int:
+        with FlopCounterMode(display=False) as counted, torch.no_grad(), forced("factorised"):
+            net(input_ids=ids, decoder_input_ids=ids)
+        return int(counted.get_total_flops())
+
+    base = operations()
+    vl.apply_lora(net, LoraConfig(r=2, target_modules=["wo"]))
+    assert operations() - base < 2 * 2 * 32 * 64, "what it takes to form one of the four weights"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visionlora.core.computed import computed_weight
 from visionlora.core.delta import Change, Delta
 from visionlora.core.fast import adapted_output, eager
-from visionlora.core.geometry import materialisable, own_output, widened
+from visionlora.core.geometry import hollow, materialisable, own_output, widened
 from visionlora.errors import StateError
 
 
@@ -40,8 +40,11 @@ class Adapted(nn.Module):
             return self._parameters[attribute]
         return self._buffers.get(attribute)
 
-    def effective(self, attribute: str) -> Tensor | None:
-        """Return the tensor as the layer's own forward sees it: the base with every active change."""
+    def effective(self, attribute: str, *, deferred: bool = False) -> Tensor | None:
+        """Return the tensor as the layer's own forward sees it: the base with every active change.
+
+        Deferred, a weight is formed when an operation first needs it, where there is nothing in the way of that.
+        """
         base = self.base_tensor(attribute)
         changes = self.active_changes(attribute)
         if base is None or not changes:
@@ -49,8 +52,9 @@ class Adapted(nn.Module):
         if is_sharded(base):
             return self._sharded(attribute, base, changes)
         deltas = [(change, strength) for change, strength in changes if isinstance(change, Delta)]
-        if len(deltas) == len(changes) and torch.is_grad_enabled() and eager(base):
-            return computed_weight(base, deltas).to(base.dtype)
+        deferred = deferred and not hollow(base)
+        if len(deltas) == len(changes) and (deferred or torch.is_grad_enabled()) and eager(base):
+            return computed_weight(base, deltas, deferred=deferred)
         wide = widened(base)
         total = wide
         for change, strength in changes:
@@ -134,7 +138,7 @@ class Branched(Adapted):
         stored = self.base_tensor(attribute)
         # a quantised weight has no effective form, and FSDP2 asks for its shard between forward passes
         hidden = attribute == "weight" and stored is not None and not materialisable(stored)
-        return stored if hidden else self.effective(attribute)
+        return stored if hidden else self.effective(attribute, deferred=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:

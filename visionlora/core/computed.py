@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from visionlora.core.deferred import Deferred
 from visionlora.core.delta import Delta
 from visionlora.core.geometry import widened
 
@@ -19,20 +20,20 @@ class ComputedWeight(torch.autograd.Function):
     """What a function makes of some tensors, which are all that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Compute, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, compute: Compute, like: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.compute = compute
         ctx.save_for_backward(*tensors)
-        return compute(*tensors)
+        return compute(*tensors) if like is None else Deferred(compute, tensors, like)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
+        wanted = ctx.needs_input_grad[2:]
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(want) for t, want in zip(ctx.saved_tensors, wanted, strict=True)]
             weight = ctx.compute(*leaves)
         found = iter(torch.autograd.grad(weight, [t for t in leaves if t.requires_grad], grad, allow_unused=True))
-        return None, *(next(found) if want else None for want in wanted)
+        return None, None, *(next(found) if want else None for want in wanted)
 
 
 def computation(weight: Tensor, deltas: Sequence[tuple[Delta, float]]) -> tuple[Compute, list[Tensor]]:
@@ -53,9 +54,16 @@ def computation(weight: Tensor, deltas: Sequence[tuple[Delta, float]]) -> tuple[
     return compute, [tensor for state in states for tensor in state.values()]
 
 
-def computed_weight(weight: Tensor, deltas: Sequence[tuple[Delta, float]]) -> Tensor:
-    """Return a stored weight with its changes, in float32 or wider; autograd keeps the trained numbers alone."""
+def computed_weight(weight: Tensor, deltas: Sequence[tuple[Delta, float]], *, deferred: bool = False) -> Tensor:
+    """Return a stored weight with its changes; autograd keeps the trained numbers alone.
+
+    Deferred, it is not even formed before an operation needs it.
+    """
     geometry = deltas[0][0].geometry
     compute, tensors = computation(geometry.canonical(weight), deltas)
-    changed: Tensor = ComputedWeight.apply(compute, *tensors)
-    return geometry.stored(changed)
+
+    def stored(*tensors: Tensor) -> Tensor:
+        return geometry.stored(compute(*tensors)).to(weight.dtype)
+
+    changed: Tensor = ComputedWeight.apply(stored, weight if deferred else None, *tensors)
+    return changed
