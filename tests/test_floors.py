@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"adapt"},
     {"merging", "overview", "eva", "routing"},
     {"quantising"},
-    {"io", "data", "compose", "analysis"},
+    {"hub", "io", "data", "compose", "analysis"},
     {"training", "vision", "text"},
     {"report"},
     {"bench"},

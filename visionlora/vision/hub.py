@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import timm
 from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import PretrainedCfg
 
 from visionlora.errors import ConfigError
+from visionlora.hub import host, in_reach
 
-__all__ = ["WeightsUnavailableError", "in_reach", "without_hub"]
+__all__ = ["WeightsUnavailableError", "without_hub"]
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -33,24 +31,9 @@ def without_hub(model_name: str) -> dict[str, Any]:
     path = _downloaded_before(config)
     if path is None:
         raise WeightsUnavailableError(
-            f"the weights of {model_name} could not be fetched: {_host()} is out of reach, and its cache lacks them"
+            f"the weights of {model_name} could not be fetched: {host()} is out of reach, and its cache lacks them"
         )
     return {"pretrained_cfg_overlay": {"file": path}}
-
-
-def in_reach() -> bool:
-    """Return False where the name of the hub cannot be looked up."""
-    if getproxies().keys() & {"http", "https", "all"}:  # then the proxy looks it up
-        return True
-    try:
-        socket.getaddrinfo(_host(), 443)
-    except socket.gaierror:
-        return False
-    return True
-
-
-def _host() -> str:
-    return urlsplit(constants.ENDPOINT).hostname or "the hub"
 
 
 def _downloaded_before(config: PretrainedCfg) -> str | None:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from visionlora.errors import ConfigError
+from visionlora.text import create_backbone as create_model
+from visionlora.text.layout import ready_tokenizer
 from visionlora.vision.backbone import create_backbone
 
 
@@ -48,3 +50,13 @@ def test_weights_of_an_earlier_download_are_used(cache: Path) -> None:
 
 def test_weights_in_the_package_need_no_hub(cache: Path) -> None:
     assert create_backbone("scenes_resnet").num_classes == 8
+
+
+def test_a_language_model_that_is_nowhere_is_told_at_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"no model 'bert-base-uncased': hub\.invalid is out of reach"):
+        create_model("bert-base-uncased", "SEQ_CLS", label_names=["bad", "good"])
+    with pytest.raises(ConfigError, match="no tokenizer 'bert-base-uncased'"):
+        ready_tokenizer("bert-base-uncased", "SEQ_CLS")
+    assert time.monotonic() - start < 15  # each is tried for 45 s otherwise
