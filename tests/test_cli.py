@@ -103,12 +103,14 @@ def test_a_file_system_error_is_a_message(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_ctrl_c_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
         assert main(["scenes", str(tmp_path / "s"), "--per_class", "10000"]) == 130
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err.splitlines()[-1] == "visionlora: interrupted"
 
 

@@ -18,6 +18,7 @@ from visionlora.data.scenes import CAMERAS, CLASSES, CONDITIONS, DOMAINS, Camera
 from visionlora.data.scenes.camera import aim, draw_camera
 from visionlora.data.scenes.raycast import cast, shadow
 from visionlora.data.scenes.solids import Material, box, ellipsoid, limb, pole, wheel
+from visionlora.data.scenes.street import draw_street
 from visionlora.data.scenes.weather import Light
 from visionlora.errors import ConfigError, DataError
 from visionlora.vision import scenes_backbone
@@ -170,6 +171,12 @@ def test_render_refuses_what_it_does_not_know(kwargs: dict[str, object], hint: s
 def test_a_camera_that_cannot_see_the_street_is_refused(kwargs: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="Camera"):
         Camera(**{"height": 5, "pitch": 20, **kwargs})
+
+
+def test_ground_at_the_horizon_has_a_colour() -> None:
+    street = draw_street(np.random.default_rng(0), on_pavement=False)
+    far = np.array([0, 1e4, 1e9, -1e12, 1e30], np.float32)
+    assert np.isfinite(street.ground(far, far[::-1])).all()
 
 
 def test_write_scenes_makes_an_image_folder(tmp_path: Path) -> None:

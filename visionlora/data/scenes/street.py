@@ -27,8 +27,7 @@ class Street:
 
     def noise(self, u: Array, v: Array) -> Array:
         """Return mottling in [-1, 1] that varies over about a unit of u and v."""
-        mask = TILE - 1
-        noise: Array = self.tile[(u * 2).astype(np.int32) & mask, (v * 2).astype(np.int32) & mask]
+        noise: Array = self.tile[_cell(u), _cell(v)]
         return noise
 
     def ground(self, x: Array, y: Array) -> Array:
@@ -73,6 +72,12 @@ def _tile(rng: np.random.Generator) -> Array:
     smooth = rough + np.roll(rough, 1, 0) + np.roll(rough, 1, 1) + np.roll(rough, (1, 1), (0, 1))
     tile: Array = np.clip(smooth * np.float32(0.45), -1, 1)
     return tile
+
+
+def _cell(u: Array) -> Array:
+    # a ray that all but misses the ground meets it further away than whole numbers go
+    cell: Array = np.clip(u * 2, np.float32(-(2**30)), np.float32(2**30)).astype(np.int32) & (TILE - 1)
+    return cell
 
 
 def _column(colour: Point) -> Array:
