@@ -102,7 +102,7 @@ FAMILIES: dict[str, tuple[Net, ...]] = {
         slow(net("efficientnet_cc_b0_4e")),
     ),
     "efficientvim": (slow(net("efficientvim_m1")), slow(net("efficientvim_m1_dist"))),
-    "efficientvit_mit": (net("efficientvit_b0"), slow(net("efficientvit_l1"))),
+    "efficientvit_mit": (net("efficientvit_b0"), slow(net("efficientvit_l1", depths=(1, *ONE_EACH)))),
     "efficientvit_msra": (slow(sized("efficientvit_m0")),),
     "eva": (
         sized("vit_tiny_patch16_dinov3_qkvb", depth=2),
@@ -150,7 +150,7 @@ FAMILIES: dict[str, tuple[Net, ...]] = {
     "nasnet": (slow(net("nasnetalarge", num_features=96)),),
     "nest": (slow(sized("nest_tiny")),),
     "nextvit": (slow(net("nextvit_small")),),
-    "nfnet": (net("test_nfnet"), slow(net("dm_nfnet_f0"))),
+    "nfnet": (net("test_nfnet"), slow(net("dm_nfnet_f0", depths=ONE_EACH))),
     "pit": (sized("pit_ti_224", depth=(1, 1, 1)),),
     "pnasnet": (slow(net("pnasnet5large")),),
     "pvt_v2": (net("pvt_v2_b0", 64, depths=ONE_EACH),),
@@ -192,7 +192,7 @@ FAMILIES: dict[str, tuple[Net, ...]] = {
     "tnt": (sized("tnt_s_legacy_patch16_224", depth=2, embed_dim=96),),
     "tresnet": (net("tresnet_m", layers=ONE_EACH),),
     "twins": (sized("twins_svt_small", depths=ONE_EACH), slow(sized("twins_pcpvt_small", depths=ONE_EACH))),
-    "vgg": (slow(net("vgg11")),),
+    "vgg": (slow(net("vgg11", mlp_ratio=0.125)),),
     "visformer": (sized("visformer_tiny"),),
     "vision_transformer": (
         sized("test_vit"),

@@ -7,10 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import distributed_run
 import numpy as np
 import pytest
 import timm
@@ -21,15 +25,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import visionlora as vl
+from visionlora.cli import main
 from visionlora.errors import ConfigError
 from visionlora.training.sharding import blocks, shard
-
-SCRIPT = Path(__file__).with_name("distributed_run.py")
-
-
-def train(strategy: str, images: Path, out: Path) -> dict[str, torch.Tensor]:
-    start([str(SCRIPT), strategy, str(images), str(out)], out.parent)
-    return load_file(out)
 
 
 def start(words: Sequence[str], folder: Path) -> str:
@@ -39,6 +37,17 @@ def start(words: Sequence[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def fit(folder: Path, strategy: str, *words: str) -> str:
+    """Run `visionlora fit` in a folder and return what it prints; a single process need not be a new one."""
+    words = ("fit", "--config", "tiny.yaml", *words, *STRATEGIES[strategy])
+    if strategy != "one":
+        return start(["-m", "visionlora", *words], folder)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed, torch.random.fork_rng():
+        patch.chdir(folder)
+        assert main([*words]) == 0
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +64,19 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return train("one", images, tmp_path_factory.mktemp("one") / "adapter.safetensors")
+    out = tmp_path_factory.mktemp("one") / "adapter.safetensors"
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # as in the processes of their own: Lightning's, for any loop
+        distributed_run.main("one", str(images), str(out))
+    return load_file(out)
 
 
 @pytest.mark.slow
 def test_a_plain_trainer_and_plain_shards_equal_one_process(
     images: Path, one_process: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    two = train("fsdp2", images, tmp_path / "adapter.safetensors")
+    start([distributed_run.__file__, "fsdp2", str(images), "adapter.safetensors"], tmp_path)
+    two = load_file(tmp_path / "adapter.safetensors")
     assert two.keys() == one_process.keys()
     assert max(t.abs().max() for key, t in two.items() if key.endswith("/B")) > 1e-3, "nothing was learned"
     for key, tensor in two.items():
@@ -103,8 +117,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"monitor": "val/loss", "mode": "min"},
     "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "gradient_clip_val": 1.0},
 }
-FIT = ["-m", "visionlora", "fit", "--config", "tiny.yaml"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", *FIT[1:]]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "visionlora"]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +128,7 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
     def finished(name: str) -> tuple[Path, str]:
         if name not in printed:
-            printed[name] = start([*FIT, "--run", name, *STRATEGIES[name]], folder)
+            printed[name] = fit(folder, name, "--run", name)
         return folder / "runs" / name, printed[name]
 
     return finished
@@ -180,6 +193,9 @@ def test_a_resumed_run_ends_as_if_it_had_gone_through(
     for name in ("config.yaml", "metrics.csv", "previous.ckpt"):  # as it was before the last validation
         shutil.copy(whole / name, part)
     shutil.copy(whole.parent.parent / "tiny.yaml", tmp_path)
-    first = TORCHRUN if resumed_by == "fsdp2" else FIT
-    start([*first, "--ckpt_path", str(part / "previous.ckpt"), *STRATEGIES[resumed_by]], tmp_path)
+    words = ["--ckpt_path", str(part / "previous.ckpt")]
+    if resumed_by == "fsdp2":
+        start([*TORCHRUN, "fit", "--config", "tiny.yaml", *words, *STRATEGIES[resumed_by]], tmp_path)
+    else:
+        fit(tmp_path, resumed_by, *words)
     assert_same(part, whole, within=0 if made_by == resumed_by else 1e-5)
