@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_texts
 import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
+from distributed_texts import gradients
 from safetensors.torch import load_file
 from text_runs import SETUPS, TASKS, logits, task, trained
 from text_toy import DECODERS, ENCODERS, FAMILIES, hub, sentences
@@ -232,22 +234,18 @@ def test_packed_texts_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_small_batches_accumulated_are_one_large_batch(clip: float | None, tmp_path: Path) -> None:
-    base, gradients = hub(tmp_path / "base", "llama"), []
-    for size in (8, 2):  # texts of three to nine words: batches of 2 hold different numbers of tokens
-        module = task(base, "CAUSAL_LM")
-        with torch.no_grad():
-            for parameter in module.trainable_groups()["B"]:
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
-        texts = TextData.from_rows(
-            {"train": [{"text": text} for text in sentences(8)]},
-            model_name=str(base), task_type="CAUSAL_LM", max_length=64, cache="none", batch_size=size, seed=0,
-            val_fraction=0.0,
-        )  # fmt: skip
-        options = {"max_steps": 1, "limit_val_batches": 0, "gradient_clip_val": clip}
-        trainer(tmp_path, accumulate_grad_batches=8 // size, **options).fit(module, texts)
-        gradients.append([p.grad.clone() for group in module.trainable_groups().values() for p in group])
-    for together, apart in zip(*gradients, strict=True):
-        assert_close(apart, together, atol=1e-6, rtol=1e-3)
+    base = hub(tmp_path / "base", "llama")
+    together = gradients(base, tmp_path, 8, gradient_clip_val=clip)
+    apart = gradients(base, tmp_path, 2, 4, gradient_clip_val=clip)
+    assert_close(apart, together, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_small_batches_of_two_processes_are_one_large_batch(tmp_path: Path) -> None:
+    base, out = hub(tmp_path / "base", "llama"), tmp_path / "gradients.pt"
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", distributed_texts.__file__, base, out]
+    subprocess.run([sys.executable, "-m", *map(str, command)], check=True, timeout=280)
+    assert_close(torch.load(out), gradients(base, tmp_path, 8), atol=1e-6, rtol=1e-3)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:

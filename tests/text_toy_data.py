@@ -84,4 +84,5 @@ def trainer(path: Path, **options: Any) -> pl.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    return pl.Trainer(default_root_dir=path, accelerator="cpu", devices=1, **{"max_epochs": 3, **quiet, **options})
+    settings = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, **quiet, **options}
+    return pl.Trainer(default_root_dir=path, **settings)
