@@ -142,7 +142,7 @@ def test_a_process_ends_with_the_exit_code_of_its_signal(tmp_path: Path) -> None
             os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == CODES[signal.Signals(abs(number))], out
-        assert time.monotonic() - sent < 10
+        assert time.monotonic() - sent < 30, "a cluster waits so long before it kills"
         assert "go on from" in out
         assert "Traceback" not in out
     for folder in tmp_path.iterdir():
