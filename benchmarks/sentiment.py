@@ -5,7 +5,7 @@
     python benchmarks/sentiment.py --table benchmarks/sentiment.jsonl
 
 SST2 holds train.tsv, dev.tsv and test.tsv, lines of sentence and label (0 or 1). Every method sees the same 500
-training sentences of each label for as many epochs. LoRA runs at the defaults of TextTask, linear and full at the rates
+training sentences of each label for as many epochs. Norm tuning runs at the default of TextTask, the others at the rates
 of a grid; the rate is chosen on dev with seed 0, and test is only reported. One line of JSON a run.
 """
 
@@ -28,12 +28,12 @@ import torch
 from visionlora.text import TextData, TextTask
 
 RATES: dict[str, tuple[float, ...]] = {
-    "lora": (1e-3,),
+    "lora": (1e-3, 2e-3, 4e-3),
     "norm": (3e-3,),
     "linear": (3e-3, 1e-2, 3e-2, 1e-1),
     "full": (5e-5, 1e-4, 2e-4),
 }
-"""Learning rates of each mode; lora and norm run at the default of TextTask."""
+"""Learning rates of each mode; the first of lora and of norm is the default of TextTask."""
 LABELS = ["0", "1"]
 
 
