@@ -5,8 +5,8 @@
     python benchmarks/sentiment.py --table benchmarks/sentiment.jsonl
 
 SST2 holds train.tsv, dev.tsv and test.tsv, lines of sentence and label (0 or 1). Every method sees the same 500
-training sentences of each label for as many epochs. Norm tuning runs at the default of TextTask, the others at the rates
-of a grid; the rate is chosen on dev with seed 0, and test is only reported. One line of JSON a run.
+training sentences of each label for as many epochs. Norm tuning runs at the default of TextTask, the others at the
+rates of a grid; the rate is chosen on dev with seed 0, and test is only reported. One line of JSON a run.
 """
 
 from __future__ import annotations
