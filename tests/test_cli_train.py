@@ -243,6 +243,47 @@ def test_a_resumed_run_with_another_structure_is_refused(flag: str, value: str, 
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.parametrize("flag", ["--data.split_seed", "--data.shots"])
+def test_a_resumed_run_with_another_division_is_refused(flag: str, run: Path, errors: Errors) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert main(["fit", "--ckpt_path", str(run), flag, "5", "--trainer.max_epochs", "2"]) == 2
+    text = "\n".join(errors())
+    assert flag.removeprefix("--") in text
+    assert "in the checkpoint, 5 now" in text
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_the_images_of_a_run_are_divided_as_in_the_run(run: Path, errors: Errors) -> None:
+    recorded = config_of(run)
+    recorded["data"]["split_seed"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+    words = ["test", "--adapter", str(run / "adapter"), "--data.root"]
+    assert main([*words, str(Path("data").resolve())]) == 0
+    data = config_of(run, "config.test.yaml")["data"]
+    assert (data["split_seed"], data["train_domains"]) == (3, ["night"]), "else it is tested on what it was trained on"
+    assert main([*words, "data/night"]) == 0
+    data = config_of(run, "config.test.yaml")["data"]
+    assert (data["split_seed"], data["train_domains"]) == (0, None), "other images are divided as asked for"
+
+
+def test_lora_settings_that_are_typed_are_those_trained(here: Path) -> None:
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    del config["model"]["lora"]
+    Path("plain.yaml").write_text(yaml.safe_dump(config))
+    for words, rank in (
+        ([], 32),
+        (["--model.lora.r", "16"], 16),
+        (["--model.lora.r", "16", "--model.recipe", "auto"], 32),
+    ):
+        assert main(["fit", "--config", "plain.yaml", "--report", "false", "--run", f"r{len(words)}", *words]) == 0
+        assert read_adapter(f"runs/r{len(words)}/adapter").record["plan"]["config"]["r"] == rank
+
+
+def test_settings_lightning_cannot_run_are_a_message(here: Path, errors: Errors) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.enable_checkpointing", "false"]) == 2
+    assert "enable_checkpointing" in "\n".join(errors())
+
+
 def test_a_checkpoint_is_tested_with_its_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--ckpt_path", str(run)]) == 0
     assert "test/target" in capsys.readouterr().out
@@ -503,6 +544,19 @@ def test_predict_without_images_is_misuse(source: list[str], run: Path, errors: 
     (message,) = errors()
     assert "no image found" in message or "did you mean" in message or "--source" in message
     assert not Path("predictions.csv").exists()
+
+
+def test_a_failed_prediction_leaves_what_was_there(run: Path, errors: Errors) -> None:
+    words = ["predict", "--adapter", str(run / "adapter"), "--out", "p", "--source"]
+    assert main([*words, "data/day"]) == 0
+    before = [Path(f"p.{kind}").read_bytes() for kind in ("csv", "jsonl")]
+    Path("bad").mkdir()
+    shutil.copy(next(Path("data/day").glob("*/*.png")), "bad/1.png")
+    Path("bad/2.png").write_bytes(b"no image")
+    assert main([*words, "bad"]) == 2
+    assert "2.png" in "\n".join(errors())
+    assert [Path(f"p.{kind}").read_bytes() for kind in ("csv", "jsonl")] == before
+    assert not list(Path().glob(".*vltmp"))
 
 
 # the end of a run

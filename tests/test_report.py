@@ -253,8 +253,8 @@ def test_predictions_are_written_row_by_row(tmp_path):
     paths = ['a, "b".jpg', "ü.png"]
     with PredictionWriter(tmp_path / "out" / "p", CLASSES, top=2) as writer:
         writer.write(paths, probabilities)
-        with (tmp_path / "out" / "p.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    with (tmp_path / "out" / "p.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     assert rows[0] == {
         "path": paths[0], "label": "blue", "probability": "0.7", "label_2": "green", "probability_2": "0.2",
     }  # fmt: skip

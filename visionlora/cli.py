@@ -80,6 +80,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(e, FAILED, debug)
     except KeyboardInterrupt as e:
         return _fail(e, INTERRUPTED, debug)
+    except Exception as e:
+        if type(e).__name__ == "MisconfigurationException":  # Lightning's, of settings it cannot run; not imported here
+            return _fail(e, MISUSE, debug)
+        raise
 
 
 def overview() -> str:

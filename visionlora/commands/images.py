@@ -8,6 +8,7 @@ from typing import ClassVar
 from pytorch_lightning import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
+from visionlora.commands import words
 from visionlora.commands.lightning import AdapterCLI
 from visionlora.commands.outputs import WritePredictions, results_table
 from visionlora.commands.scenes import Scenes, draw
@@ -30,6 +31,9 @@ class ImageCLI(AdapterCLI):
     STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "memory", "lora", "adapter_name")
 
     def __init__(self, configs: list[str], args: list[str]) -> None:
+        typed = any(word.startswith("--model.lora") for word in args)
+        self._lora_is_given = typed or words.model_setting("lora", configs, []) is not None
+        self._recipe_is_given = words.model_setting("recipe", configs, args) is not None
         super().__init__(configs, args, ImageClassifier, ImageFolderData)
 
     def link_model_and_data(self, parser: LightningArgumentParser) -> None:
@@ -45,6 +49,8 @@ class ImageCLI(AdapterCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self._lora_is_given and not self._recipe_is_given:
+            config.model.recipe = "none"  # what is asked for is what is trained, the defaults by name too
         if config.scenes is not None:
             if config.data.root is None:
                 raise ConfigError("scenes are drawn into data.root: set it to a folder")

@@ -112,17 +112,15 @@ class WritePredictions(Callback):
         self._writer.write(outputs["paths"], outputs["probabilities"])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
         if self._writer is not None:
+            self._writer.__exit__(None, None, None)
             images = "1 image" if self._writer.rows == 1 else f"{self._writer.rows:,} images"
             print(f"{images}: {self._writer.csv_path}, {self._writer.jsonl_path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
         if self._writer is not None:
-            self._writer.__exit__(None, None, None)
+            self._writer.__exit__(type(exception), exception, exception.__traceback__)
+            self._writer = None
 
 
 def results_table(results: Mapping[str, Result]) -> str:

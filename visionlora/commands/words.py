@@ -66,8 +66,17 @@ def setting(key: str, configs: list[str], words: list[str]) -> Any:
 
 def model_setting(key: str, configs: list[str], words: list[str]) -> Any:
     """Return what was given for a setting of the model, or None: the last flag, else the last config that has it."""
-    found = setting(f"model.{key}", [], words)
-    given = [(read_config(config).get("model") or {}).get(key) for config in configs]
+    return _setting_of("model", key, configs, words)
+
+
+def data_setting(key: str, configs: list[str], words: list[str]) -> Any:
+    """Return what was given for a setting of the data, or None: the last flag, else the last config that has it."""
+    return _setting_of("data", key, configs, words)
+
+
+def _setting_of(part: str, key: str, configs: list[str], words: list[str]) -> Any:
+    found = setting(f"{part}.{key}", [], words)
+    given = [(read_config(config).get(part) or {}).get(key) for config in configs]
     return found if found is not None else next((value for value in reversed(given) if value is not None), None)
 
 

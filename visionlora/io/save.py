@@ -68,9 +68,14 @@ def _stored(plan: Plan, state: dict[str, Tensor]) -> dict[str, Tensor]:
     stored = {
         keys[key]: as_stored(keys[key], tensor, dims.get(key.partition("/")[0], 0)) for key, tensor in state.items()
     }
-    for key in stored:
+    for key, tensor in stored.items():
         if not is_key(key):
             raise ConfigError(f"the adapter cannot be saved: {key!r} is no name for a tensor; rename the module")
+        if bad := int((~tensor.isfinite()).sum()):  # no reader takes such a file
+            raise ConfigError(
+                f"the adapter cannot be saved: {bad:,} of {tensor.numel():,} values of {key} are not finite, as after "
+                "a diverged training; lower the learning rate. What was saved before is untouched"
+            )
     return stored
 
 

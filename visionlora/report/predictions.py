@@ -11,13 +11,16 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from visionlora.atomic import atomic_path
 from visionlora.errors import ConfigError
 
 __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter:
-    """Write OUT.csv and OUT.jsonl while predictions come; use as a context.
+    """Write OUT.csv and OUT.jsonl while predictions come; use as a context, whose end gives both files their names.
+
+    After an error they are what they were.
 
     A CSV row is path, label, probability, then label_2, probability_2 and so on up to `top`. A JSON line is
     {"path", "label", "probability", "top": [{"label", "probability"}, ...]}. Probabilities have six decimals.
@@ -34,16 +37,16 @@ class PredictionWriter:
 
     def __enter__(self) -> PredictionWriter:
         self.csv_path.parent.mkdir(parents=True, exist_ok=True)
-        table = self._stack.enter_context(self.csv_path.open("w", newline="", encoding="utf-8"))
-        lines = self._stack.enter_context(self.jsonl_path.open("w", encoding="utf-8"))
+        temporary = [self._stack.enter_context(atomic_path(path)) for path in (self.csv_path, self.jsonl_path)]
+        table, lines = (self._stack.enter_context(path.open("w", newline="", encoding="utf-8")) for path in temporary)
         self._files = table, lines
         further = [f"{name}_{rank}" for rank in range(2, self.top + 1) for name in ("label", "probability")]
         csv.writer(table).writerow(["path", "label", "probability", *further])
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
         self._files = None
+        self._stack.__exit__(*error)
 
     def write(self, paths: Sequence[str], probabilities: Tensor) -> None:
         """Append the predictions of a batch; probabilities are (batch, classes)."""
@@ -55,8 +58,6 @@ class PredictionWriter:
             csv.writer(table).writerow([path, *(cell for pair in found for cell in pair)])
             lines.write(json.dumps(_line(path, found), ensure_ascii=False) + "\n")
             self.rows += 1
-        for file in self._files:  # what is written survives a crash of the rest
-            file.flush()
 
 
 def _line(path: str, found: list[tuple[str, float]]) -> dict[str, Any]:

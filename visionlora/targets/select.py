@@ -130,6 +130,12 @@ def _matches(
     if isinstance(targets, str):
         pattern = compile_pattern(targets, where)
         found: dict[str, tuple[str, ...]] = {n: () for n in candidates if pattern.fullmatch(n)}
+        ends = [] if found else [n for n in candidates if n.endswith(f".{targets}")]
+        if ends:
+            raise TargetError(
+                f'{where}: a text is a regular expression over whole names, and "{targets}" is the end of {len(ends)} '
+                f'of them ({ends[0]}); write ["{targets}"]'
+            )
         return found or _no_match(targets, candidates, model, where)
     found = {}
     for entry in targets:
@@ -161,10 +167,13 @@ def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, wher
         for i in range(len(path)):
             ending = ".".join(path[i:])
             endings[ending] = endings.get(ending, 0) + 1
-    near = did_you_mean(name, list(endings))
+    near = did_you_mean(name, [*endings, *KEYWORDS])
+    meant = near.split(chr(34))[1] if near else None
     count = (
-        f" ({endings[near.split(chr(34))[1]]} layers)"
-        if near
+        f" ({endings[meant]} layers)"
+        if meant in endings
+        else ""
+        if meant
         else f"; visionlora info --model lists its {len(candidates)} layers"
     )
     raise TargetError(f'{where}: no layer matches "{name}" in {model_name}{near}{count}')

@@ -82,9 +82,9 @@ def _report(trainer: Trainer, losses: list[tuple[int, Tensor]], sound: list[bool
         what = "the loss or a gradient is not finite on another device"
     samples = _samples(trainer, [index for index, _ in bad or losses])
     return (
-        f"{where}: {what}{samples}. The step was not applied and nothing was saved after it: last.ckpt and adapter/ "
-        "are from before. Lower the learning rate, clip gradients (gradient_clip_val), try precision 32-true or "
-        "bf16-mixed, and look at these samples"
+        f"{where}: {what}{samples}. The step was not applied and nothing was saved after it: last.ckpt and adapter/, "
+        "where there are any, are from before. Lower the learning rate, clip gradients (gradient_clip_val), try "
+        "precision 32-true or bf16-mixed, and look at these samples"
     )
 
 

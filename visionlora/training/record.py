@@ -16,6 +16,8 @@ from visionlora.errors import ConfigError, ResumeError
 FORMAT = 1
 SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 SHOWN = 8
+DIVISION = ("val_fraction", "test_fraction", "split_seed", "group_by", "shots", "train_domains", "test_domains")
+"""Settings of a data module that decide which part an example belongs to."""
 
 
 def kept_keys(module: nn.Module) -> list[str]:
@@ -57,6 +59,7 @@ def check_fits(checkpoint: dict[str, Any], module: Any, fingerprint: str, fixed:
         problems.append(
             f"base weights: fingerprint {record['fingerprint'][:12]} in the checkpoint, {fingerprint[:12]} now"
         )
+    problems += _division_diff(checkpoint, module)
     problems += _groups_diff(record["groups"], _groups(module))
     problems += _tensor_diff(checkpoint["state_dict"], module)
     if problems:
@@ -105,6 +108,19 @@ def _settings_diff(checkpoint: dict[str, Any], module: Any) -> list[tuple[str, s
         (name, f"{name}: {then.get(name, missing)} in the checkpoint, {now.get(name, missing)} now")
         for name in names
         if then.get(name, missing) != now.get(name, missing)
+    ]
+
+
+def _division_diff(checkpoint: dict[str, Any], module: Any) -> list[str]:
+    # a run that goes on with other parts is validated and tested on what it was trained on before
+    data = getattr(module.trainer, "datamodule", None) if module.trainer.training else None
+    then, now = checkpoint.get("datamodule_hyper_parameters"), getattr(data, "hparams", None)
+    if not then or not now:
+        return []
+    return [
+        f"data.{key}: {then[key]} in the checkpoint, {now[key]} now"
+        for key in DIVISION
+        if key in then and key in now and _plain(now[key], key) != then[key]
     ]
 
 
