@@ -279,6 +279,16 @@ def test_lora_settings_that_are_typed_are_those_trained(here: Path) -> None:
         assert read_adapter(f"runs/r{len(words)}/adapter").record["plan"]["config"]["r"] == rank
 
 
+def test_a_call_that_trains_nothing_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--ckpt_path", str(run), "--trainer.max_epochs", "1"]) == 0
+    assert "nothing was trained: 1 epochs are done and max_epochs is 1" in capsys.readouterr().err
+
+
+def test_another_folder_is_asked_for_by_its_own_flag(here: Path, errors: Errors) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.default_root_dir", "mine"]) == 2
+    assert "--output FOLDER" in "\n".join(errors())
+
+
 def test_settings_lightning_cannot_run_are_a_message(here: Path, errors: Errors) -> None:
     assert main(["fit", "--config", "tiny.yaml", "--trainer.enable_checkpointing", "false"]) == 2
     assert "enable_checkpointing" in "\n".join(errors())

@@ -59,6 +59,19 @@ def test_non_finite_values_are_refused(key: str, value: float, tmp_path: Path) -
     assert len(read_adapter(tmp_path, allow_nonfinite=True).tensors) > 4
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_adapter_does_not_replace_a_good_one(value: float, tmp_path: Path) -> None:
+    model = net()
+    vl.apply_lora(model, vl.LoraConfig(r=2, target_modules=["hidden"]), name="cam")
+    save_adapter(model, tmp_path / "cam", name="cam")
+    before = (tmp_path / "cam" / WEIGHTS).read_bytes()
+    with torch.no_grad():
+        next(iter(vl.adapter_parameters(model, "cam")["A"].values()))[0, 0] = value
+    with pytest.raises(ConfigError, match=r"1 of 32 values of .*hidden.* are not finite"):
+        save_adapter(model, tmp_path / "cam", name="cam")
+    assert (tmp_path / "cam" / WEIGHTS).read_bytes() == before
+
+
 @pytest.mark.parametrize("share", ["one", "half", "all"])
 def test_missing_tensors_are_listed(share: str, tmp_path: Path) -> None:
     tensors = load_file(saved(tmp_path, norm="stats-affine", bias="all") / WEIGHTS)

@@ -243,3 +243,21 @@ def test_a_config_survives_plain_data() -> None:
     assert vl.LoraConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="has no field 'lora_alhpa'; did you mean \"lora_alpha\""):
         vl.LoraConfig.from_dict({"lora_alhpa": 3})
+
+
+def test_a_name_given_as_a_text_is_told_from_a_pattern(vit: nn.Module) -> None:
+    with pytest.raises(TargetError, match=r'"attn.qkv" is the end of 2 of them .*; write \["attn.qkv"\]'):
+        names(vit, target_modules="attn.qkv")
+
+
+@pytest.mark.parametrize("typo", ["al-linear", "all-linaer"])
+def test_a_misspelt_keyword_is_guessed(vit: nn.Module, typo: str) -> None:
+    with pytest.raises(TargetError, match='did you mean "all-linear"'):
+        names(vit, target_modules=typo)
+
+
+def test_a_rank_beyond_every_layer_is_told(vit: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    names(vit, r=100)
+    assert "more than any layer" not in caplog.text
+    names(vit, r=10**6)
+    assert "r=1000000 is more than any layer takes" in caplog.text

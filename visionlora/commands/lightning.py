@@ -18,11 +18,12 @@ from visionlora.commands.console import quiet
 from visionlora.commands.outputs import SaveStageConfig, loggers, save_results
 from visionlora.commands.parser import ShortErrors
 from visionlora.commands.recorded import with_recorded_settings
+from visionlora.errors import ConfigError
 from visionlora.training.checkpoint import AdapterCheckpoint
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
 from visionlora.training.failures import ExplainFailures, explained
 from visionlora.training.guards import CheckGradients, StopOnNonFinite
-from visionlora.training.quiet import ParameterSummary, progress_bar
+from visionlora.training.quiet import ParameterSummary, TellIdle, progress_bar
 from visionlora.training.resume import ExactResume
 from visionlora.training.signals import StopOnSignal
 
@@ -76,7 +77,7 @@ class AdapterCLI(LightningCLI, ABC):
     """Settings that make the tensors of a checkpoint what they are; a resumed run cannot change them."""
 
     def __init__(self, configs: list[str], args: list[str], model: Any, data: Any) -> None:
-        self.configs = configs
+        self.configs, self.args = configs, args
         told = {verb: {"description": f"{text}."} for verb, text in self.VERBS.items()}
         super().__init__(
             model,
@@ -137,6 +138,8 @@ class AdapterCLI(LightningCLI, ABC):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if any(word.startswith("--trainer.default_root_dir") for word in self.args):
+            raise ConfigError("a run is written to the folder OUTPUT/RUN: give --output FOLDER, --run NAME or both")
         folder = _folder(str(self.subcommand), config, self.configs)
         if folder is None:
             self.save_config_callback = None
@@ -179,7 +182,7 @@ class AdapterCLI(LightningCLI, ABC):
             ExplainFailures(),
             StopOnSignal(checkpoint),
         ]
-        callbacks += [ParameterSummary(), *([progress_bar()] if bar else [])]
+        callbacks += [ParameterSummary(), TellIdle(), *([progress_bar()] if bar else [])]
         if self.subcommand == "fit" and self._get(self.config, "report"):
             callbacks.append(self.report())
         if self.subcommand == "predict":

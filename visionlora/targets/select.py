@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from visionlora.targets.parts import split_entry, split_rows
 from visionlora.targets.presets import auto
 from visionlora.targets.tied import check_untied, output_layers
 from visionlora.variants import VARIANTS, LowRank, Variant
+
+log = logging.getLogger(__name__)
 
 KEYWORDS: dict[str, Callable[[Geometry], bool]] = {
     "all-linear": lambda geo: geo.kind in ("linear", "conv1d_hf", "bare"),
@@ -65,7 +68,19 @@ def select(model: nn.Module, config: LoraConfig) -> list[Site]:
     _check_patterns(config.alpha_pattern, chosen, "alpha_pattern")
     by_name = not _is_keyword(config.target_modules)
     sites = [_site(n, known[n], parts, model, config, by_name) for n in known if (parts := chosen.get(n)) is not None]
-    return [site for site in sites if site.rank]
+    sites = [site for site in sites if site.rank]
+    if not by_name and not config.rank_pattern and VARIANTS[config.variant].ranked:
+        _tell_of_the_widest(sites, config.r)
+    return sites
+
+
+def _tell_of_the_widest(sites: list[Site], r: int) -> None:
+    widest = max(sites, key=lambda site: site.rank, default=None)
+    if widest is not None and widest.rank < r:
+        told = (
+            "r=%d is more than any layer takes: %s has the most, %d. alpha / r stays what r=%d makes of it; choose less"
+        )
+        log.warning(told, r, widest.name, widest.rank, r)
 
 
 def layers_and_projections(model: nn.Module) -> dict[str, Geometry]:

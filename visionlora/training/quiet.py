@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,22 @@ class ParameterSummary(ModelSummary):
         if trainer.is_global_zero:
             share = 100 * counts[True] / max(total, 1)
             log.info("training %s of %s parameters (%.2f %%)", f"{counts[True]:,}", f"{total:,}", share)
+
+
+class TellIdle(Callback):
+    """Say so where a call of fit trains nothing: it would end without a word."""
+
+    began = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.began and trainer.is_global_zero:
+            log.warning(
+                "nothing was trained: %d epochs are done and max_epochs is %s, max_steps %s, limit_train_batches %s",
+                trainer.current_epoch, trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches,
+            )  # fmt: skip
 
 
 def progress_bar() -> ProgressBar:
