@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_a_diverged_adapter_does_not_replace_a_good_one(value: float, tmp_path: 
     with pytest.raises(ConfigError, match=r"1 of 32 values of .*hidden.* are not finite"):
         save_adapter(model, tmp_path / "cam", name="cam")
     assert (tmp_path / "cam" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (pickle.dumps({"A": list(range(99))}), "a pickle"),
+        (b"PK\x03\x04" + bytes(99), "torch.save"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+    ],
+)
+def test_other_files_under_its_name_are_told(content: bytes, told: str, tmp_path: Path) -> None:
+    (saved(tmp_path) / WEIGHTS).write_bytes(content)
+    refused(tmp_path, WEIGHTS, told, "no safetensors file")
 
 
 @pytest.mark.parametrize("share", ["one", "half", "all"])

@@ -84,13 +84,25 @@ def open_inside(path: Path) -> BinaryIO:
     return file
 
 
+_OTHERS = {
+    b"PK": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle, which is never read",
+    b"version ": "a pointer of Git LFS (git lfs pull fetches the file)",
+    b"<": "a web page",
+}
+"""How files begin that are taken for adapters. None of these is a length that a header may have."""
+
+
 def read_header(file: BinaryIO) -> Header:
     """Return what an open file declares. Raises AdapterFileError where it contradicts itself or its size."""
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
     if size < 10:
         raise AdapterFileError(f"{size} bytes are no safetensors file; the file is truncated or not an adapter")
     if not 2 <= length <= MAX_HEADER:
+        if taken_for := next((what for start, what in _OTHERS.items() if head.startswith(start)), None):
+            raise AdapterFileError(f"{taken_for}, no safetensors file")
         raise wrong("header length", f"2 to {MAX_HEADER} bytes", length)
     if 8 + length > size:
         raise AdapterFileError(f"header length: {length} bytes declared, the file has {size - 8}; it is truncated")
