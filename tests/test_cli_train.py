@@ -274,6 +274,7 @@ def test_lora_settings_that_are_typed_are_those_trained(here: Path) -> None:
         ([], 32),
         (["--model.lora.r", "16"], 16),
         (["--model.lora.r", "16", "--model.recipe", "auto"], 32),
+        (["--model.lora_plus=4"], 32),
     ):
         assert main(["fit", "--config", "plain.yaml", "--report", "false", "--run", f"r{len(words)}", *words]) == 0
         assert read_adapter(f"runs/r{len(words)}/adapter").record["plan"]["config"]["r"] == rank

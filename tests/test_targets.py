@@ -256,8 +256,23 @@ def test_a_misspelt_keyword_is_guessed(vit: nn.Module, typo: str) -> None:
         names(vit, target_modules=typo)
 
 
-def test_a_rank_beyond_every_layer_is_told(vit: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
-    names(vit, r=100)
-    assert "more than any layer" not in caplog.text
-    names(vit, r=10**6)
-    assert "r=1000000 is more than any layer takes" in caplog.text
+@pytest.mark.parametrize("targets", ["auto", "all-linear", "all"])
+def test_a_rank_beyond_every_layer_is_refused(vit: nn.Module, targets: str) -> None:
+    assert names(vit, r=100, target_modules=targets)
+    with pytest.raises(TargetError, match=r"r=193 is more than any layer has; .* a matrix of rank 192"):
+        names(vit, r=193, target_modules=targets)
+
+
+@pytest.mark.parametrize("targets", [["attn.qkv", "blocks.0.attn.qkv[q]"], ["blocks.0.attn.qkv[q]", "attn.qkv"]])
+def test_a_whole_layer_holds_its_parts_in_any_order(vit: nn.Module, targets: list[str]) -> None:
+    assert [site.parts for site in select(vit, vl.LoraConfig(r=2, target_modules=targets))] == [{}, {}]
+
+
+def test_parts_of_a_layer_add_up(vit: nn.Module) -> None:
+    sites = select(vit, vl.LoraConfig(r=2, target_modules=["attn.qkv[q]", "attn.qkv[v,q]"]))
+    assert [list(site.parts) for site in sites] == [["q", "v"]] * 2
+
+
+def test_a_part_is_not_excluded(vit: nn.Module) -> None:
+    with pytest.raises(TargetError, match=r"leaves out whole layers, not parts of blocks\.0\.attn\.qkv"):
+        names(vit, target_modules=["attn.qkv", "attn.proj"], exclude_modules=["attn.qkv[k]"])

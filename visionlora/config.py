@@ -30,7 +30,7 @@ class LoraConfig:
     """Probability of dropping a rank-one part of the change in a training step; costs no activation memory."""
     target_modules: str | list[str] = "auto"
     """"auto", "all-linear", "all-conv", "all", "none", a regular expression over whole layer names, or a list of
-    layer names or name endings. Parts of a fused layer go in brackets: "attn.qkv[q,v]"."""
+    layer names or name endings. Parts of a fused layer go in brackets: ["attn.qkv[q,v]"]."""
     exclude_modules: str | list[str] = field(default_factory=list)
     """Layers left alone, written like target_modules; wins over it."""
     variant: Variant = "lora"

@@ -27,6 +27,6 @@ def in_reach() -> bool:
     return True
 
 
-def from_here_alone(name: str | Path) -> dict[str, Any]:
+def local_only(name: str | Path) -> dict[str, Any]:
     """Return arguments of transformers' from_pretrained that spare it a hub out of reach; none where it is in reach."""
     return {} if Path(name).exists() or in_reach() else {"local_files_only": True}

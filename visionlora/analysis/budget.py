@@ -21,6 +21,7 @@ from visionlora.core.delta import Delta, Value
 from visionlora.errors import ConfigError
 from visionlora.plan import build, make_plan
 from visionlora.registry import adapted_layers
+from visionlora.targets import select
 
 MOST = 64
 """The largest rank that a budget of parameters is spent on."""
@@ -165,7 +166,9 @@ class _Search:
         limit = self.budget.parameters
         if limit is None:
             return self.config.r
-        return _largest(MOST, lambda rank: self._trained(self._config(count, saving, rank)) <= limit)
+        sites = select(self.net, self._config(count, saving, 1))
+        most = min(MOST, max((site.geometry.max_rank for site in sites), default=0))
+        return _largest(most, lambda rank: self._trained(self._config(count, saving, rank)) <= limit)
 
     def _trained(self, config: LoraConfig) -> int:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -31,9 +31,9 @@ class ImageCLI(AdapterCLI):
     STRUCTURE = ("model_name", "model_args", "num_classes", "class_names", "mode", "memory", "lora", "adapter_name")
 
     def __init__(self, configs: list[str], args: list[str]) -> None:
-        typed = any(word.startswith("--model.lora") for word in args)
-        self._lora_is_given = typed or words.model_setting("lora", configs, []) is not None
-        self._recipe_is_given = words.model_setting("recipe", configs, args) is not None
+        lora_is_given = words.is_typed("model.lora", args) or words.model_setting("lora", configs, []) is not None
+        # what is asked for is what is trained, be it the defaults by name
+        self._as_it_is = lora_is_given and words.model_setting("recipe", configs, args) is None
         super().__init__(configs, args, ImageClassifier, ImageFolderData)
 
     def link_model_and_data(self, parser: LightningArgumentParser) -> None:
@@ -49,8 +49,8 @@ class ImageCLI(AdapterCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if self._lora_is_given and not self._recipe_is_given:
-            config.model.recipe = "none"  # what is asked for is what is trained, the defaults by name too
+        if self._as_it_is:
+            config.model.recipe = "none"
         if config.scenes is not None:
             if config.data.root is None:
                 raise ConfigError("scenes are drawn into data.root: set it to a folder")

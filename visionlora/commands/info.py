@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         print(told(*_subject(options, rest), options))
         return 0
     if options.model is not None:
-        print(would_be_attached(options.model, lora_config(rest), options.num_classes, recipe=not rest))
+        print(would_be_attached(options.model, rest, options.num_classes))
         return 0
     if rest:
         raise ConfigError(f"{rest[0]} belongs to --model NAME; what is in an adapter is fixed")
@@ -44,8 +44,7 @@ def _subject(options: argparse.Namespace, rest: list[str]) -> tuple[str, nn.Modu
     """Return what costs are told of: a title, the backbone without its weights, the adapter."""
     if options.model is not None:
         net = create_backbone(options.model, pretrained=False, num_classes=options.num_classes)
-        config = lora_config(rest)
-        return options.model, net, config if rest else suited(config, net)  # what fit would attach
+        return options.model, net, _config_of_fit(rest, net)
     record = read_adapter(options.adapter).record
     base = record["base"]
     if base["name"] is None or "task_type" in (record["data"] or {}):
@@ -63,12 +62,15 @@ def lora_config(words: list[str], prog: str = "visionlora info") -> LoraConfig:
     return config
 
 
-def would_be_attached(
-    model_name: str, config: LoraConfig, num_classes: int | None = None, *, recipe: bool = True
-) -> str:
+def _config_of_fit(words: list[str], net: nn.Module) -> LoraConfig:
+    config = lora_config(words)
+    return config if words else suited(config, net)
+
+
+def would_be_attached(model_name: str, words: list[str], num_classes: int | None = None) -> str:
     """Return the table of an adapter on a backbone with random weights: nothing is downloaded."""
     net = create_backbone(model_name, pretrained=False, num_classes=num_classes)
-    config = suited(config, net) if recipe else config  # what fit would attach
+    config = _config_of_fit(words, net)
     apply_lora(net, config, name="new")
     preset = family(net) if family(net) in PRESETS else "any backbone"
     chosen = f'target_modules="auto", preset of {preset}' if config.target_modules == "auto" else "targets as given"

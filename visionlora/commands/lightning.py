@@ -138,7 +138,7 @@ class AdapterCLI(LightningCLI, ABC):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if any(word.startswith("--trainer.default_root_dir") for word in self.args):
+        if words.is_typed("trainer.default_root_dir", self.args):
             raise ConfigError("a run is written to the folder OUTPUT/RUN: give --output FOLDER, --run NAME or both")
         folder = _folder(str(self.subcommand), config, self.configs)
         if folder is None:

@@ -80,8 +80,7 @@ def flags(found: Proposal) -> str:
 
 def _model(found: Proposal) -> dict[str, Any]:
     lean = {"memory": "lean"} if found.saving.lean else {}
-    plain = {"recipe": "none"} if found.config == LoraConfig() else {}  # fit would give a small CNN more than planned
-    return lean | plain | ({"grad_checkpointing": True} if found.saving.checkpoint else {})
+    return lean | ({"grad_checkpointing": True} if found.saving.checkpoint else {})
 
 
 def _lora(found: Proposal) -> dict[str, Any]:

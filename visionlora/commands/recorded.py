@@ -68,16 +68,20 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     model = recorded.get("model") or {}
     own = ("model_name", *WRITING) if model.get("task_type") else ("checkpoint",)
     kept: dict[str, Any] = {"model": {key: model.get(key) for key in own if key in model}}
-    if verb != "predict" and (not words.data_is_given(configs, flags) or _same_root(recorded, configs, flags)):
+    if verb != "predict" and (not words.data_is_given(configs, flags) or _same_data(recorded, configs, flags)):
         log.info("data as in %s", run / runs.CONFIG)
         kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
     return [json.dumps(kept)]
 
 
-def _same_root(recorded: dict[str, Any], configs: list[str], flags: list[str]) -> bool:
+def _same_data(recorded: dict[str, Any], configs: list[str], flags: list[str]) -> bool:
     """Tell whether the data given is the run's own: divided anew, its test images would be those trained on."""
-    given, root = words.data_setting("root", configs, flags), (recorded.get("data") or {}).get("root")
-    return given is not None and root is not None and Path(given).resolve() == Path(root).resolve()
+    own = recorded.get("data") or {}
+    return all(_place(words.data_setting(key, configs, flags)) == _place(own.get(key)) for key in ("root", "csv"))
+
+
+def _place(given: Any) -> Any:
+    return Path(given).resolve() if isinstance(given, str) else given
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

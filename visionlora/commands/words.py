@@ -94,8 +94,14 @@ def without(key: str, words: list[str]) -> list[str]:
 
 def data_is_given(configs: list[str], words: list[str]) -> bool:
     """Tell whether the user says where the images are."""
-    named = any(f"--data.{key}" == word.partition("=")[0] for word in words for key in ("root", "csv"))
-    return named or any({"root", "csv"} & set(read_config(config).get("data") or {}) for config in configs)
+    typed = is_typed("data.root", words) or is_typed("data.csv", words)
+    return typed or any({"root", "csv"} & set(read_config(config).get("data") or {}) for config in configs)
+
+
+def is_typed(key: str, words: list[str]) -> bool:
+    """Tell whether a flag gives a setting or one below it: --model.lora.r gives model.lora, --model.lora_plus not."""
+    flags = [word.partition("=")[0] for word in words]
+    return any(flag == f"--{key}" or flag.startswith(f"--{key}.") for flag in flags)
 
 
 def read_config(config: str) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def save_adapter(
     is the default. `data` is timm's data config (input_size, mean, std, interpolation, crop_pct), for texts any plain
     data with a task_type. A number that is not finite is stored in `metrics` as null. An adapter already there is
     replaced; if anything fails it stays as it was.
-    Raises ConfigError for values that the record cannot hold, OSError for a disk that is full or read-only.
+    Raises ConfigError for tensors that are not finite and values that the record cannot hold, OSError for a disk that
+    is full or read-only.
     """
     plan, state = as_plain(adapter_plan(model, name), adapter_state(model, name))
     tensors = _stored(plan, state)

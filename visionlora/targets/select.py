@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from visionlora.targets.parts import split_entry, split_rows
 from visionlora.targets.presets import auto
 from visionlora.targets.tied import check_untied, output_layers
 from visionlora.variants import VARIANTS, LowRank, Variant
-
-log = logging.getLogger(__name__)
 
 KEYWORDS: dict[str, Callable[[Geometry], bool]] = {
     "all-linear": lambda geo: geo.kind in ("linear", "conv1d_hf", "bare"),
@@ -58,6 +55,8 @@ def select(model: nn.Module, config: LoraConfig) -> list[Site]:
     known = {**candidates, **_bare_parameters(model)}
     chosen = _chosen(model, config, candidates, known)
     excluded = _matches(config.exclude_modules, known, model, "exclude_modules") if config.exclude_modules else {}
+    if part := next((name for name, parts in excluded.items() if parts), None):
+        raise TargetError(f"exclude_modules leaves out whole layers, not parts of {part}; name the others as targets")
     chosen = {name: parts for name, parts in chosen.items() if name not in excluded}
     if not chosen and config.target_modules != "none":
         raise TargetError(
@@ -69,18 +68,19 @@ def select(model: nn.Module, config: LoraConfig) -> list[Site]:
     by_name = not _is_keyword(config.target_modules)
     sites = [_site(n, known[n], parts, model, config, by_name) for n in known if (parts := chosen.get(n)) is not None]
     sites = [site for site in sites if site.rank]
-    if not by_name and not config.rank_pattern and VARIANTS[config.variant].ranked:
-        _tell_of_the_widest(sites, config.r)
+    if not by_name and not config.rank_pattern and issubclass(VARIANTS[config.variant], LowRank):
+        _check_against_all(sites, config.r)
     return sites
 
 
-def _tell_of_the_widest(sites: list[Site], r: int) -> None:
-    widest = max(sites, key=lambda site: site.rank, default=None)
-    if widest is not None and widest.rank < r:
-        told = (
-            "r=%d is more than any layer takes: %s has the most, %d. alpha / r stays what r=%d makes of it; choose less"
+def _check_against_all(sites: list[Site], r: int) -> None:
+    # a keyword caps ranks in small layers; a rank that no layer has is a mistake, and alpha / r next to nothing
+    if sites and r > max(site.geometry.max_rank for site in sites):
+        widest = max(sites, key=lambda site: site.geometry.max_rank)
+        raise TargetError(
+            f"r={r} is more than any layer has; {widest.name} has the most, a matrix of rank "
+            f"{widest.geometry.max_rank}: choose a smaller r"
         )
-        log.warning(told, r, widest.name, widest.rank, r)
 
 
 def layers_and_projections(model: nn.Module) -> dict[str, Geometry]:
@@ -158,7 +158,9 @@ def _matches(
         hits = [n for n in candidates if n == name or n.endswith(f".{name}")]
         if not hits:
             _no_match(name, candidates, model, where)
-        found |= {n: (*found.get(n, ()), *parts) if parts else () for n in hits}
+        for n in hits:  # no parts means the whole, which holds every part
+            whole = not parts or found.get(n) == ()
+            found[n] = () if whole else tuple(dict.fromkeys((*found.get(n, ()), *parts)))
     return found
 
 
@@ -182,16 +184,12 @@ def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, wher
         for i in range(len(path)):
             ending = ".".join(path[i:])
             endings[ending] = endings.get(ending, 0) + 1
+    told = f'{where}: no layer matches "{name}" in {model_name}'
     near = did_you_mean(name, [*endings, *KEYWORDS])
-    meant = near.split(chr(34))[1] if near else None
-    count = (
-        f" ({endings[meant]} layers)"
-        if meant in endings
-        else ""
-        if meant
-        else f"; visionlora info --model lists its {len(candidates)} layers"
-    )
-    raise TargetError(f'{where}: no layer matches "{name}" in {model_name}{near}{count}')
+    if not near:
+        raise TargetError(f"{told}; visionlora info --model lists its {len(candidates)} layers")
+    layers = endings.get(near.split(chr(34))[1])
+    raise TargetError(told + near + (f" ({layers} layers)" if layers else ""))
 
 
 def _inside(owner: str, candidates: dict[str, Geometry]) -> str:

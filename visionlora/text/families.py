@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from visionlora.errors import ConfigError
-from visionlora.hub import from_here_alone, host
+from visionlora.hub import host, local_only
 from visionlora.targets import head_layers
 from visionlora.targets.heads import declare_new
 from visionlora.text.columns import check_task
@@ -105,16 +105,16 @@ def _built(
     auto: Any, model_name: str, task_type: str, pretrained: bool, args: dict[str, Any]
 ) -> tuple[nn.Module, list[str]]:
     transformers = need("transformers")
-    near = from_here_alone(model_name)
-    args = {**near, **args}
+    local = local_only(model_name)
+    args = {**local, **args}
     try:
         if not pretrained:
             return auto.from_config(transformers.AutoConfig.from_pretrained(model_name, **args)), []
-        if near:  # where PEFT is installed, an adapter is looked for first, and not told of it
-            args = {"adapter_kwargs": near, **args}
+        if local:  # where PEFT is installed, an adapter is looked for first, and not told of it
+            args = {"adapter_kwargs": local, **args}
         net, info = auto.from_pretrained(model_name, output_loading_info=True, ignore_mismatched_sizes=True, **args)
     except OSError as e:  # huggingface_hub's errors come as this one
-        reason = f"{host()} is out of reach, and its cache lacks a file of it" if near else _short(str(e))
+        reason = f"{host()} is out of reach, and its cache lacks a file of it" if local else _short(str(e))
         raise ConfigError(
             f"no model {model_name!r}: {reason}. Give a name of the hub, or the folder of a saved model"
         ) from None

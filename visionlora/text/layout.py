@@ -9,7 +9,7 @@ from json import dumps, loads
 from typing import Any
 
 from visionlora.errors import ConfigError
-from visionlora.hub import from_here_alone
+from visionlora.hub import local_only
 from visionlora.text.extras import need
 
 __all__ = ["Layout", "check_vocabulary", "fitting_length", "identity", "layout_of", "numbers", "ready_tokenizer"]
@@ -139,7 +139,7 @@ def check_vocabulary(tokenizer: Any, embeddings: int) -> None:
 
 def _load(name: str) -> Any:
     try:
-        return need("transformers").AutoTokenizer.from_pretrained(name, **from_here_alone(name))
+        return need("transformers").AutoTokenizer.from_pretrained(name, **local_only(name))
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"no tokenizer {name!r} can be had: {' '.join(str(e).split())[:300]}") from None
 
