@@ -44,6 +44,9 @@ def main(name: str, images: str, out: str) -> None:
     if name == "fsdp2":
         stored = net.blocks[0].attn.qkv._parameters["weight"]
         assert type(stored).__name__ == "DTensor", "the base was not sharded"
+    if devices > 1:  # a process that ends with its connections open may abort
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

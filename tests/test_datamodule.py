@@ -312,3 +312,5 @@ if __name__ == "__main__":
     found = record(sys.argv[1], devices=2)
     if torch.distributed.get_rank() == 0:
         print("batches", found)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # a process that ends with its connections open may abort
