@@ -11,6 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from cli_place import errors, here, place, run, trained  # noqa: F401  (fixtures)
 
 
 def pytest_collection_finish() -> None:

@@ -40,7 +40,7 @@ def test_no_advertising_and_no_flops(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "litmodels" not in caplog.text
     assert "flops" not in caplog.text.lower()
     assert "`Trainer.fit` stopped" in caplog.text, "other messages stay"
-    assert "training 463 of 911 parameters (50.82 %)" in caplog.text
+    assert "training 463 parameters, 50.82% of the model's 911" in caplog.text
 
 
 def test_without_a_terminal_an_epoch_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

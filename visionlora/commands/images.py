@@ -13,7 +13,7 @@ from visionlora.commands.lightning import AdapterCLI
 from visionlora.commands.outputs import WritePredictions, results_table
 from visionlora.commands.scenes import Scenes, draw
 from visionlora.errors import ConfigError
-from visionlora.report.run import RunReport
+from visionlora.report.run import RunReport, ignorance
 from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.loading import load_model
 from visionlora.vision.module import ImageClassifier
@@ -65,6 +65,11 @@ class ImageCLI(AdapterCLI):
         if adapter is not None:
             self._get(self.config, "model").checkpoint = self.checkpoint
             self.model.net = load_model(adapter, checkpoint=self.checkpoint)
+
+    def ignorance(self) -> str:
+        model = self._get(self.config, "model")
+        drawn = not model.pretrained and model.checkpoint is None
+        return "the weights are random" if drawn else ignorance(self.model)
 
     def report(self) -> Callback:
         return RunReport()

@@ -18,6 +18,7 @@ from visionlora.commands.console import quiet
 from visionlora.commands.outputs import SaveStageConfig, loggers, save_results
 from visionlora.commands.parser import ShortErrors
 from visionlora.commands.recorded import with_recorded_settings
+from visionlora.commands.trainer import check_trainer, refusals_told
 from visionlora.errors import ConfigError
 from visionlora.training.checkpoint import AdapterCheckpoint
 from visionlora.training.checkpoint_io import AtomicCheckpointIO
@@ -110,8 +111,9 @@ class AdapterCLI(LightningCLI, ABC):
         _explain(parser, "seed_everything", "seed of the run")
         if subcommand in ("validate", "test"):
             parser.set_defaults({"verbose": False})  # our own table replaces Lightning's
-        if subcommand == "fit":
-            parser.add_argument("--report", type=bool, default=True, help="compare before and after, draw pictures")
+        fit = subcommand == "fit"  # the others read the config of a run too
+        told = "compare before and after, draw pictures" if fit else argparse.SUPPRESS
+        parser.add_argument("--report", type=bool, default=True, help=told)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False, "trainer.devices": 1})
             parser.add_argument("--source", type=str | None, default=None, help="file, folder or glob to predict on")
@@ -132,6 +134,7 @@ class AdapterCLI(LightningCLI, ABC):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        check_trainer(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: LightningCLI would let the checkpoint's settings win over what was typed, without a word."""
@@ -152,7 +155,8 @@ class AdapterCLI(LightningCLI, ABC):
             config.logger = loggers(Path(config.default_root_dir)) if self.subcommand == "fit" else False
         config.plugins = _plugins(config.plugins)
         config.callbacks = [*_list(config.callbacks), *self._callbacks(config.enable_progress_bar is not False)]
-        return super().instantiate_trainer(**kwargs)
+        with refusals_told():
+            return super().instantiate_trainer(**kwargs)
 
     @abstractmethod
     def link_model_and_data(self, parser: LightningArgumentParser) -> None:
@@ -160,6 +164,10 @@ class AdapterCLI(LightningCLI, ABC):
 
     def add_prediction_arguments(self, parser: LightningArgumentParser) -> None:
         """Declare further flags of predict."""
+
+    @abstractmethod
+    def ignorance(self) -> str:
+        """Return why the model without an adapter cannot tell the classes, or nothing."""
 
     @abstractmethod
     def report(self) -> Callback:
@@ -180,7 +188,7 @@ class AdapterCLI(LightningCLI, ABC):
             StopOnNonFinite(),
             ExactResume(),
             ExplainFailures(),
-            StopOnSignal(checkpoint),
+            StopOnSignal(checkpoint, resume_with="visionlora fit --ckpt_path"),
         ]
         callbacks += [ParameterSummary(), TellIdle(), *([progress_bar()] if bar else [])]
         if self.subcommand == "fit" and self._get(self.config, "report"):
@@ -190,12 +198,26 @@ class AdapterCLI(LightningCLI, ABC):
         return callbacks
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand != "fit":
+            self._check_trained(subcommand)
         with explained(self.trainer):
             super()._run_subcommand(subcommand)
         if subcommand in ("validate", "test") and self.trainer.is_global_zero:
             print(self.results_table())
             if self.save_config_callback is not None:
                 save_results(Path(self.trainer.default_root_dir, f"{subcommand}.json"), self.model.results)
+
+    def _check_trained(self, verb: str) -> None:
+        """Raise ConfigError where what would be measured has learned nothing: neither adapter nor checkpoint."""
+        config = self.config[verb]
+        reason = "" if config.adapter or config.ckpt_path else self.ignorance()
+        if reason:
+            name = config.run or runs.default_name(self.configs, config.model.model_name)
+            last = runs.newest(Path(config.output), name)
+            near = f", such as {last / 'adapter'}" if last is not None else ""
+            raise ConfigError(
+                f"{reason}, there is nothing to {verb}: give --adapter DIRECTORY{near}, or --ckpt_path RUN"
+            )
 
 
 def _explain(parser: LightningArgumentParser, setting: str, text: str) -> None:

@@ -20,9 +20,14 @@ _UNKNOWN = (
     re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<word>[^']+)'"),
     re.compile(r"Option '(?P<word>[^']+)' is not accepted"),
 )
-_VALUE = re.compile(
-    r"(?:typing\.)?Literal\[(?P<choices>[^\]]+)\].*?(?:value|Got value):? *'?(?P<value>[\w.+-]+)'?", re.S
+_NESTED = re.compile(r"\"(?P<group>[\w.]+)\".*NestedArg\(key='(?P<word>[^']+)'")
+_UNION = re.compile(
+    r"\"(?P<key>[\w.]+)\": Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*?)\] Errors:"
+    r".*Given value: (?P<value>.*)$"
 )
+_TYPE = re.compile(r"\"(?P<key>[\w.]+)\": Expected an? (?P<types>.+?)\. Got value: (?P<value>.*)$")
+_MISSING = re.compile(r"\"model\.model_name\": .*Got value: None")
+_IN_WORDS = {"NoneType": "null", "float": "a number", "int": "a whole number", "str": "text", "bool": "true or false"}
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
@@ -44,7 +49,44 @@ def explain(message: str, known: list[str]) -> str:
             key = found["word"].partition("=")[0].lstrip("-")
             key = f"{group}.{key}" if group else key
             return f"there is no setting {key}{nearest(key, known)}"
-    return _one_line(message) + _nearest_choice(message)
+    text = _plain(message)
+    if nested := _NESTED.search(text):
+        return f"{nested['group']} is one value, there is no setting {nested['group']}.{nested['word']}"
+    if _MISSING.search(text):
+        return (
+            "no model: give --model.model_name NAME (a backbone of timm, or for text a model of transformers), "
+            "a --config with it, or a trained --adapter or --ckpt_path"
+        )
+    if typed := _UNION.search(text) or _TYPE.search(text):
+        return _not_of_type(**typed.groupdict())
+    return _cut(text)
+
+
+def _not_of_type(key: str, types: str, value: str) -> str:
+    """Return what was expected of a setting, each choice once, and what came."""
+    choices: dict[str, None] = {}
+    for part in _split(types):
+        if part.startswith("Literal["):
+            choices |= dict.fromkeys(choice.strip("'\"") for choice in _split(part[8:-1]))
+        else:
+            choices[_IN_WORDS.get(part, part)] = None
+    near = get_close_matches(value, list(choices), n=1, cutoff=0.6)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    *most, last = choices
+    expected = f"{', '.join(most)} or {last}" if most else last
+    return _cut(f"{key}: expected {expected}, got {value}") + hint
+
+
+def _split(types: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    parts, depth = [""], 0
+    for sign in types:
+        depth += (sign == "[") - (sign == "]")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def nearest(key: str, known: list[str]) -> str:
@@ -62,18 +104,13 @@ def _leaves(known: list[str]) -> list[str]:
     return sorted({key.rpartition(".")[2] for key in known if "." in key})
 
 
-def _nearest_choice(message: str) -> str:
-    found = _VALUE.search(message)
-    if not found:
-        return ""
-    choices = [choice.strip(" '\"") for choice in found["choices"].split(",")]
-    near = get_close_matches(found["value"], choices, n=1, cutoff=0.5)
-    return f'; did you mean "{near[0]}"?' if near else ""
-
-
-def _one_line(message: str) -> str:
+def _plain(message: str) -> str:
+    """Return the message in one line, with the names of types alone."""
     text = " ".join(message.split()).replace('Parser key "', '"').replace("typing.", "")
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MOST else text[:MOST] + " ..."
 
 

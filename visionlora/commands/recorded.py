@@ -21,10 +21,17 @@ OF_TEXT = ("max_length", "max_target_length", "stride", "overlong", "template", 
 """What is recorded of texts and is a setting of the data by the same name."""
 WRITING = ("max_new_tokens", "num_beams", "max_answer_tokens", "null_threshold")
 """How a run of text had its answers made."""
+OF_TRAINING = ("seed_everything", "trainer", "checkpoint", "report")
+"""Parts of a run's config that fit takes when it goes on with it."""
+OF_ADAPTER = ("model_args", "mode", "lora", "recipe", "adapter_name", "memory", "pretrained", "quantize")
+"""Settings of the model that an adapter has of itself; typed beside one, they would be passed over."""
 
 
 def with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
-    """Return configs and flags with the settings of the checkpoint or the adapter as the first, weakest configs."""
+    """Return configs and flags with the settings of the checkpoint or the adapter as the first, weakest configs.
+
+    What makes an adapter the one it is comes last: a config that it was trained with may say other things.
+    """
     adapter, checkpoint = (words.setting(key, configs, flags) for key in ("adapter", "ckpt_path"))
     if adapter is not None and (checkpoint is not None or verb == "fit"):
         what = "--ckpt_path" if checkpoint is not None else "fit"
@@ -32,8 +39,11 @@ def with_recorded_settings(verb: str, configs: list[str], flags: list[str]) -> t
             f"--adapter does not go with {what}: an adapter is measured as it is (validate, test, predict)"
         )
     if adapter is not None:
-        own = _of_adapter(Path(adapter))
-        return [*_of_run(Path(adapter), verb, configs, flags), json.dumps(own), *configs], flags
+        _check_typed(flags)
+        own, fixed = _of_adapter(Path(adapter))
+        _check_name(adapter, own["model"], configs, flags)
+        weak = [*_of_run(Path(adapter), verb, configs, flags), json.dumps(own)]
+        return [*weak, *configs, json.dumps({"model": fixed})], flags
     if checkpoint is None:
         return configs, flags
     path = _resolve(checkpoint, configs, flags)
@@ -59,6 +69,26 @@ def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
     return None if run is None else run / runs.LAST
 
 
+def _check_typed(flags: list[str]) -> None:
+    """Raise ConfigError for what is typed of the model and is the adapter's own."""
+    for key in OF_ADAPTER:
+        if words.is_typed(f"model.{key}", flags):
+            raise ConfigError(f"--model.{key} does not go with --adapter: an adapter is measured as it was trained")
+
+
+def _check_name(adapter: str, own: dict[str, Any], configs: list[str], flags: list[str]) -> None:
+    """Raise ConfigError where another backbone is asked for than that of the adapter."""
+    given = words.model_setting("model_name", configs, flags)
+    if given is None or "task_type" in own or not own["model_name"]:
+        return  # a model of language may lie in any folder: its weights are compared
+    (name, _, tag), (arch, _, own_tag) = (str(n).partition(".") for n in (given, own["model_name"]))
+    if name != arch or (tag and own_tag and tag != own_tag):
+        raise ConfigError(
+            f"{adapter} was trained on {own['model_name']}, and model_name is {given}: leave the name away, or give "
+            "the adapter that belongs to it"
+        )
+
+
 def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list[str]:
     """Return, as a config, where the run of a checkpoint or an adapter had its base and its data."""
     run = runs.run_of(path)
@@ -71,6 +101,9 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     if verb != "predict" and (not words.data_is_given(configs, flags) or _same_data(recorded, configs, flags)):
         log.info("data as in %s", run / runs.CONFIG)
         kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
+    if verb == "fit":
+        kept |= {key: recorded[key] for key in OF_TRAINING if recorded.get(key) is not None}
+        kept.get("checkpoint", {}).pop("fixed", None)
     return [json.dumps(kept)]
 
 
@@ -91,7 +124,8 @@ def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {"model": own, "data": {"classes": classes, **_input(model.get("data"))}}
 
 
-def _of_adapter(directory: Path) -> dict[str, Any]:
+def _of_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an adapter records, for configs to change, and settings of the model that are not theirs."""
     text = text_record(directory)
     if text is not None:
         return _of_text(text)
@@ -100,8 +134,8 @@ def _of_adapter(directory: Path) -> dict[str, Any]:
     args.pop("num_classes", None)
     name = ".".join(part for part in (base["name"], base["tag"]) if part)
     # the network is replaced by the adapted one as soon as the classifier is there: any weights will do
-    model = {"model_name": name, "model_args": args, "pretrained": False, "mode": "linear"}
-    return {"model": model, "data": {"classes": record["classes"], **_input(record["data"])}}
+    fixed = {"model_args": args, "pretrained": False, "mode": "linear", "quantize": "none"}
+    return {"model": {"model_name": name}, "data": {"classes": record["classes"], **_input(record["data"])}}, fixed
 
 
 def text_record(directory: Path) -> dict[str, Any] | None:
@@ -112,14 +146,15 @@ def text_record(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _of_text(record: dict[str, Any]) -> dict[str, Any]:
+def _of_text(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     base, data = record["base"], record["data"]
     sizes = {key: base["args"][key] for key in ("new_tokens", "untied", "problem_type") if key in base["args"]}
     # the network is replaced by the adapted one as soon as the task is there: any weights will do
-    model = {"task_type": data["task_type"], "pretrained": False, "mode": "lora", **sizes}
+    fixed = {"task_type": data["task_type"], "pretrained": False, "mode": "lora", "quantize": "none", **sizes}
+    model = {"task_type": data["task_type"]}
     if base["name"] is not None:
         model |= {"model_name": base["name"], "model_args": {"revision": base["tag"]} if base["tag"] else None}
-    return {"model": model, "data": {"classes": record["classes"], **_input(data)}}
+    return {"model": model, "data": {"classes": record["classes"], **_input(data)}}, fixed
 
 
 def _input(data: dict[str, Any] | None) -> dict[str, Any]:

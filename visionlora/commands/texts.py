@@ -12,6 +12,7 @@ from visionlora.commands.answers import WriteAnswers
 from visionlora.commands.lightning import AdapterCLI
 from visionlora.commands.recorded import text_record
 from visionlora.errors import BaseMismatchError
+from visionlora.report.head import has_new_head
 from visionlora.report.texts import TextReport, scores_table
 from visionlora.text.datamodule import TextData
 from visionlora.text.layout import identity
@@ -69,6 +70,11 @@ class TextCLI(AdapterCLI):
             )
         name = self._get(self.config, "model").model_name
         self.model.net = load_model(adapter, base=name if Path(name).exists() and not _is_whole(adapter) else None)
+
+    def ignorance(self) -> str:
+        if not self._get(self.config, "model").pretrained:
+            return "the weights are random"
+        return "the model has no head for this task" if has_new_head(self.model.net) else ""
 
     def report(self) -> Callback:
         return TextReport()

@@ -106,11 +106,13 @@ def is_typed(key: str, words: list[str]) -> bool:
 
 def read_config(config: str) -> dict[str, Any]:
     """Return the settings of a config, a path or a text. Raises ConfigError."""
-    text = config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8")
     try:
+        text = config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise ConfigError(f"{config[:200]} is not YAML: {' '.join(str(e).split())}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{config} is not YAML: it holds bytes that are no text (UTF-8)") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"{config[:200]}: expected settings (model, data, trainer ...), found {type(content).__name__}"

@@ -17,14 +17,13 @@ from torch import nn
 
 from visionlora.adapt import disabled
 from visionlora.atomic import write_atomic
-from visionlora.core.attach import whole
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.merging import base_state_dict, fingerprint
 from visionlora.report.closing import Closing, SetScores
+from visionlora.report.head import has_new_head
 from visionlora.report.measure import Answers, answers_by_set, loaders_by_set, measured_here, shipped
 from visionlora.report.pictures import confusion_picture, sample_picture
 from visionlora.report.samples import Measured, sections
-from visionlora.targets import head_layers
 from visionlora.training.checkpoint import AdapterCheckpoint, save_in_first_process
 from visionlora.training.gather import whole_in_first_process
 from visionlora.vision.features import FeatureDataset
@@ -38,7 +37,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["RunReport"]
+__all__ = ["RunReport", "ignorance"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _checked(pl_module)
         if self._unknown is None:  # a resumed run has it from its checkpoint: in mode full the base is gone
-            self._unknown = _ignorance(module)
+            self._unknown = ignorance(module)
         cast = isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision))
         self._base = _fingerprint(trainer, module) if cast else module.fingerprint()
         fresh = trainer.ckpt_path is None and not trainer.fast_dev_run
@@ -174,16 +173,13 @@ def _saved(trainer: Trainer, module: ImageClassifier, folder: Path) -> Path:
     return folder / "adapter"
 
 
-def _ignorance(module: ImageClassifier) -> str:
+def ignorance(module: ImageClassifier) -> str:
     """Return why the base cannot name these classes, or nothing."""
     cfg = module.net.__dict__.get("pretrained_cfg") or {}
     names = cfg.get("label_names")
     if names and list(names) != module.class_names:
         return "the base's head knows other classes"
-    state = base_state_dict(module.net)
-    heads = [state[key] for name in head_layers(module.net) for key in (f"{name}.weight",) if key in state]
-    fresh = bool(heads) and not any(bool(whole(weight).any()) for weight in heads)
-    return "the base has no head for these classes" if fresh else ""
+    return "the base has no head for these classes" if has_new_head(module.net) else ""
 
 
 def _notes(unknown: str, module: ImageClassifier) -> list[str]:

@@ -22,7 +22,7 @@ from visionlora.training.fsdp2 import whole_checkpoints
 from visionlora.training.gather import whole_in_first_process
 from visionlora.training.loops import between_steps, in_fit, validate_again, validation_follows
 from visionlora.training.rates import Rates
-from visionlora.training.record import check_fits, filter_frozen, make_record, plain_settings
+from visionlora.training.record import changed_settings, check_fits, filter_frozen, make_record, plain_settings
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,12 @@ class AdapterCheckpoint(Checkpoint):
 
     `last.ckpt` is written after every epoch, every `every_n_steps` optimiser steps, and when a fault outside a training
     step ends the run; the one before it stays as `previous.ckpt`. `adapter/` is written by the module's `save_adapter`
-    whenever `monitor` improves; without `monitor`, after every epoch. `directory` None is Trainer's default_root_dir.
+    whenever `monitor` improves; without `monitor`, after every epoch. A fast_dev_run keeps nothing. `directory` None is
+    Trainer's default_root_dir.
 
     Resuming checks the checkpoint before anything changes: the base fingerprint, every tensor, the parameter groups and
     the settings named in `fixed` (dotted hyper-parameters, a prefix covers what is below it) must fit, else ResumeError
-    with the differences. Every other setting is taken from the run that resumes, learning rates included.
+    with the differences. Every other setting is taken from the run that resumes, learning rates included, and told.
     Needs Trainer(plugins=[AtomicCheckpointIO()]).
     """
 
@@ -92,10 +93,14 @@ class AdapterCheckpoint(Checkpoint):
     def _inspect(self, checkpoint: dict[str, Any], pl_module: LightningModule, stage: str) -> None:
         check_fits(checkpoint, pl_module, self._fingerprint, self.fixed)
         if stage == "fit":
+            for line in changed_settings(checkpoint, pl_module):
+                log.info("changed since the checkpoint: %s", line)
             self._rates.remember_checkpoint(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rates.remember_configured(trainer)
+        if trainer.fast_dev_run and trainer.is_global_zero:
+            log.info("fast_dev_run: a trial, of which nothing is kept")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rates.apply(trainer)
@@ -109,7 +114,7 @@ class AdapterCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        every = self.every_n_steps
+        every = None if trainer.fast_dev_run else self.every_n_steps
         self._due = every is not None and every > 0 and step % every == 0 and step != self._saved_at
         # from a file of here a resumed run would not go back to the validation and the end of the epoch that follow;
         # there it is saved too
@@ -121,10 +126,12 @@ class AdapterCheckpoint(Checkpoint):
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if in_fit(trainer) and self.monitor is not None and self._improved(trainer):
+        if in_fit(trainer) and not trainer.fast_dev_run and self.monitor is not None and self._improved(trainer):
             save_in_first_process(trainer, pl_module, self.adapter_path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
         if self.monitor is None:
             save_in_first_process(trainer, pl_module, self.adapter_path)
         self.save_last(trainer)

@@ -10,6 +10,8 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
 
+from visionlora.core.delta import Change
+
 log = logging.getLogger(__name__)
 
 LIGHTNING_LOGGERS = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero")
@@ -35,13 +37,13 @@ class ParameterSummary(ModelSummary):
     """Log one line of parameter counts; a Trainer with it builds no table of its own."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = {True: 0, False: 0}
-        for parameter in pl_module.parameters():
-            counts[parameter.requires_grad] += parameter.numel()
-        total = counts[True] + counts[False]
+        parameters = list(pl_module.parameters())
+        added = {p for m in pl_module.modules() if isinstance(m, Change) for p in m.parameters()}
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        model = sum(p.numel() for p in parameters if p not in added)
         if trainer.is_global_zero:
-            share = 100 * counts[True] / max(total, 1)
-            log.info("training %s of %s parameters (%.2f %%)", f"{counts[True]:,}", f"{total:,}", share)
+            share = f"{trained / max(model, 1):.2%}"
+            log.info("training %s parameters, %s of the model's %s", f"{trained:,}", share, f"{model:,}")
 
 
 class TellIdle(Callback):

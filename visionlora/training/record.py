@@ -18,6 +18,8 @@ SETTINGS = ("hyper_parameters", "datamodule_hyper_parameters")
 SHOWN = 8
 DIVISION = ("val_fraction", "test_fraction", "split_seed", "group_by", "shots", "train_domains", "test_domains")
 """Settings of a data module that decide which part an example belongs to."""
+OF_DATA = (*DIVISION, "root", "csv", "batch_size", "augment", "seed", "on_error", "packing")
+"""Settings of a data module whose change is told; what examples go through is in the model's."""
 
 
 def kept_keys(module: nn.Module) -> list[str]:
@@ -59,11 +61,17 @@ def check_fits(checkpoint: dict[str, Any], module: Any, fingerprint: str, fixed:
         problems.append(
             f"base weights: fingerprint {record['fingerprint'][:12]} in the checkpoint, {fingerprint[:12]} now"
         )
-    problems += _division_diff(checkpoint, module)
+    # a run that goes on with other parts is validated and tested on what it was trained on before
+    problems += [line for name, line in _data_diff(checkpoint, module) if name in DIVISION]
     problems += _groups_diff(record["groups"], _groups(module))
     problems += _tensor_diff(checkpoint["state_dict"], module)
     if problems:
         raise ResumeError(_refusal(problems, [line for _, line in settings]))
+
+
+def changed_settings(checkpoint: dict[str, Any], module: Any) -> list[str]:
+    """Return one line for every setting of model and data that is another than when the checkpoint was made."""
+    return [line for _, line in [*_settings_diff(checkpoint, module), *_data_diff(checkpoint, module)]]
 
 
 def _refusal(problems: list[str], settings: list[str]) -> str:
@@ -102,26 +110,25 @@ def _tensor_diff(then: Mapping[str, Any], module: nn.Module) -> list[str]:
 def _settings_diff(checkpoint: dict[str, Any], module: Any) -> list[tuple[str, str]]:
     then = _flat(checkpoint.get("hyper_parameters", {}))
     now = _flat(_plain(dict(module.hparams), "hyper_parameters"))
-    names = [name for name in dict.fromkeys([*then, *now]) if not name.startswith("_")]
-    missing = "not set"
+    return _diff(then, now)
+
+
+def _diff(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[tuple[str, str]]:
+    names, missing = [name for name in dict.fromkeys([*then, *now]) if not name.startswith("_")], "not set"
     return [
-        (name, f"{name}: {then.get(name, missing)} in the checkpoint, {now.get(name, missing)} now")
+        (name, f"{where}{name}: {then.get(name, missing)} in the checkpoint, {now.get(name, missing)} now")
         for name in names
         if then.get(name, missing) != now.get(name, missing)
     ]
 
 
-def _division_diff(checkpoint: dict[str, Any], module: Any) -> list[str]:
-    # a run that goes on with other parts is validated and tested on what it was trained on before
+def _data_diff(checkpoint: dict[str, Any], module: Any) -> list[tuple[str, str]]:
     data = getattr(module.trainer, "datamodule", None) if module.trainer.training else None
     then, now = checkpoint.get("datamodule_hyper_parameters"), getattr(data, "hparams", None)
     if not then or not now:
         return []
-    return [
-        f"data.{key}: {then[key]} in the checkpoint, {now[key]} now"
-        for key in DIVISION
-        if key in then and key in now and _plain(now[key], key) != then[key]
-    ]
+    now = _plain({key: now[key] for key in OF_DATA if key in now}, "datamodule_hyper_parameters")
+    return _diff({key: then[key] for key in now if key in then}, now, "data.")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

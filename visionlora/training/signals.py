@@ -31,11 +31,12 @@ class StopOnSignal(Checkpoint):
 
     In a validation it saves at once; the resumed run repeats that validation. A second Ctrl-C ends the run at once,
     without saving. With several processes one signal to any of them stops all. SIGUSR1 stays Slurm's.
-    Lightning runs a Checkpoint callback after the others, so the averages of the step are in the file.
+    Lightning runs a Checkpoint callback after the others, so the averages of the step are in the file. `resume_with` is
+    the beginning of a command that goes on from the file, to be told.
     """
 
-    def __init__(self, checkpoint: AdapterCheckpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: AdapterCheckpoint, *, resume_with: str = "") -> None:
+        self.checkpoint, self.resume_with = checkpoint, resume_with
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
         """Handlers to put back, by signal."""
@@ -127,7 +128,8 @@ class StopOnSignal(Checkpoint):
         trainer.strategy.barrier("stopped by signal")
         if trainer.is_global_zero:
             name = signal.Signals(number).name
-            log.warning("stopped by %s at step %d; go on from %s", name, trainer.global_step, path)
+            go_on = f"with {self.resume_with} {path}" if self.resume_with else f"from {path}"
+            log.warning("stopped by %s at step %d; go on %s", name, trainer.global_step, go_on)
         raise StoppedBySignal(_exit_code(trainer, number))
 
 
