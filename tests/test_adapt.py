@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from typing import Any
 
 import pytest
 import timm
@@ -275,6 +277,15 @@ def test_a_refused_config_leaves_the_model_as_it_was() -> None:
         vl.apply_lora(model, vl.LoraConfig(target_modules=["attn.qkv", "typo"]))
     assert [type(m) for m in model.modules()] == classes
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(("resnet18", None), "got 'resnet18'; build it first"), ((nn.Linear(8, 8), {"r": 3}), "got the dict {'r': 3}")],
+)
+def test_what_is_no_model_or_no_config_is_told(given: tuple[Any, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        vl.apply_lora(*given)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")

@@ -24,7 +24,7 @@ from visionlora.commands import arguments
 from visionlora.data.folders import LAYOUTS
 from visionlora.io import read_adapter, save_adapter
 from visionlora.registry import adapter_parameters
-from visionlora.vision.backbone import data_config
+from visionlora.vision.backbone import create_backbone, data_config
 from visionlora.vision.loading import load_model
 
 HEAVY = ("torch", "timm", "pytorch_lightning", "albumentations", "PIL", "numpy")
@@ -215,7 +215,8 @@ def adapter(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_info_tells_what_is_in_an_adapter(adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(adapter[0])]) == 0
-    shown = {line.partition(" ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    told = capsys.readouterr().out
+    shown = {line.partition(" ")[0]: line for line in told[: told.index("\n\n")].splitlines()}
     assert shown["adapter"].split()[1] == "night"
     assert "test_resnet" in shown["base"]
     assert shown["classes"].endswith("3: a, b, c")
@@ -226,16 +227,21 @@ def test_info_tells_what_is_in_an_adapter(adapter: tuple[Path, Path], capsys: py
     assert f"{size / 1000:.1f} kB" in shown["file"]
 
 
-def test_info_layers_lists_every_layer_and_the_counts_add_up(
+def test_info_lists_every_layer_and_the_counts_add_up(
     adapter: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["info", str(adapter[0]), "--layers"]) == 0
+    assert main(["info", str(adapter[0])]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = lines[lines.index(next(line for line in lines if line.startswith("-----"))) + 1 :]
     file = read_adapter(adapter[0])
     assert len(rows) == len(file.record["plan"]["layers"])
     low_rank = sum(t.numel() for key, t in file.tensors.items() if key.endswith(("/A", "/B")))
     assert sum(int(row.split()[-1].replace(",", "")) for row in rows) == low_rank
+
+
+def test_info_needs_a_class_to_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "test_resnet", "--num_classes", "0"]) == 2
+    assert "--num_classes must be at least 1" in capsys.readouterr().err
 
 
 def test_info_names_a_missing_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +276,18 @@ def test_merge_prints_the_very_call_that_builds_the_model(tmp_path: Path, capsys
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(names["built"].eval()(x), net.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_merge_tells_where_a_model_that_timm_lacks_comes_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = apply_lora(create_backbone("scenes_resnet"), LoraConfig(r=1))
+    save_adapter(net, tmp_path / "a")
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "merged.safetensors")]) == 0
+    code = capsys.readouterr().out.splitlines()[-2:]
+    script = f"import timm\n{code[0]}\nprint(type({code[1]}).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "ResNet"
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,27 @@ def test_a_config_does_not_change_what_an_adapter_is(run: Path, capsys: pytest.C
     assert capsys.readouterr().out == table
 
 
+def test_a_wrong_adapter_is_refused_before_scenes_are_drawn(here: Path, errors: Errors) -> None:
+    assert main(["fit", "--config", "quickstart", "--data.root", "drawn", "--model.lora.r", "0"]) == 2
+    assert "r must be a whole number" in errors()[0]
+    assert not Path("drawn").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s"])
+def test_images_of_a_size_the_backbone_is_not_built_for(name: str, here: Path, errors: Errors) -> None:
+    model = ["--model.model_name", name, "--model.checkpoint", "null", "--model.pretrained", "false"]
+    lora = ["--model.lora.target_modules", "auto"]
+    assert main(["fit", "--config", "tiny.yaml", *model, *lora, "--data.image_size", "96"]) == 2
+    assert "the model does not take the images of training batch 0, (8, 3, 96, 96)" in (message := errors()[0])
+    assert "model.model_args.img_size" in message
+
+
+def test_a_metric_that_is_not_logged_is_a_message(here: Path, errors: Errors) -> None:
+    words = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/ac"]
+    assert main(["fit", "--config", "tiny.yaml", "--report", "false", *words]) == 2
+    assert "`val/acc`" in errors()[0]
+
+
 def test_a_checkpoint_is_tested_with_its_own_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["test", "--ckpt_path", str(run)]) == 0
     assert "test/target" in capsys.readouterr().out
@@ -263,6 +284,8 @@ def test_only_what_is_trainable_is_optimised_and_it_moves(trained: Path) -> None
         (["--model.lora.r", "0"], "r must be a whole number"),
         (["--model.lora.target_modules", "[layer1.0.convv1]"], "layer1.0.conv1"),
         (["--scenes.size", "32", "--data.root", "null"], "data.root"),
+        (["--data.val_fraction", "1.5"], "val_fraction must be at least 0 and below 1, got 1.5"),
+        (["--data.val_fraction", "0.6", "--data.test_fraction", "0.4"], "leave nothing to train on"),
     ],
 )
 def test_a_wrong_word_gets_two_lines_and_the_right_one(words: list[str], hint: str, here: Path, errors: Errors) -> None:

@@ -156,7 +156,7 @@ def test_csv_rows_become_samples(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("file,label\nimg/a.jpg,car\n", "expected the columns path,label"),
-        ("paths,label\nimg/a.jpg,car\n", 'did you mean "paths"'),
+        ("paths,label\nimg/a.jpg,car\n", 'rename "paths" to path'),
         ("path;label\nimg/a.jpg;car\n", "expected the columns"),
         ("", "expected the columns"),
         ("path,label\n", "no rows"),

@@ -189,6 +189,27 @@ def test_another_backbone_is_named(tmp_path: Path) -> None:
     save_adapter(adapted(timm_model("test_vit")), tmp_path)
     refused(tmp_path, "test_vit", "test_vit2", "trained on", model=timm_model("test_vit2"), error=BaseMismatchError)
     refused(tmp_path, WEIGHTS, model=timm_model("test_vit4"), error=BaseMismatchError, allow_other_base=True)
+    with pytest.raises(BaseMismatchError, match="load the adapter on that architecture") as caught:
+        load_adapter(timm_model("test_resnet"), tmp_path)
+    assert "allow_other_base" not in str(caught.value), "no way to go on"
+
+
+def test_what_lies_beside_an_adapter_is_told_from_it(tmp_path: Path) -> None:
+    saved(tmp_path / "runs/cam/adapter")
+    run = tmp_path / "runs/cam"
+    torch.save({"epoch": 1}, run / "last.ckpt")
+    refused(run, f"the adapter of this run is {run / 'adapter'}")
+    refused(run / "last.ckpt", f"fit --ckpt_path {run / 'last.ckpt'}", f"the adapter of this run is {run / 'adapter'}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_bytes(b"")
+    refused(tmp_path / "full", "holds a whole model (mode full)", "load_model")
+
+
+def test_an_adapter_is_not_written_onto_a_file(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("notes")
+    with pytest.raises(ConfigError, match="is a file; give the directory"):
+        save_adapter(adapted(net()), tmp_path / "adapter")
+    assert (tmp_path / "adapter").read_text() == "notes"
 
 
 def test_other_weights_of_equal_shape_are_refused(tmp_path: Path) -> None:

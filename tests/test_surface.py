@@ -7,7 +7,18 @@ import inspect
 import visionlora as vl
 
 NAMES = {
-    *("LoraConfig", "apply_lora", "remove", "activate", "deactivate", "disabled", "merge", "unmerge", "summary"),
+    *(
+        "LoraConfig",
+        "VisionLoRAError",
+        "apply_lora",
+        "remove",
+        "activate",
+        "deactivate",
+        "disabled",
+        "merge",
+        "unmerge",
+        "summary",
+    ),
     *("adapter_names", "active_adapters", "adapter_parameters", "check_gradients", "estimate_statistics"),
     *("base_state_dict", "fingerprint", "save_adapter", "load_adapter", "read_adapter", "load_model"),
     *("quantize_base", "dequantize_base", "merge_dequantized"),

@@ -38,11 +38,18 @@ def spoil(step: int, value: float, kind: str = "loss") -> Any:
     return at_step
 
 
-def stopped(folder: Path, step: int, value: float = math.nan, kind: str = "loss", **settings: Any) -> tuple[Toy, str]:
+def stopped(
+    folder: Path,
+    step: int,
+    value: float = math.nan,
+    kind: str = "loss",
+    data: PointsData | None = None,
+    **settings: Any,
+) -> tuple[Toy, str]:
     module = Toy()
     module.at_step = spoil(step, value, kind)
     with pytest.raises(NonFiniteError) as caught:
-        make_trainer(folder, [StopOnNonFinite()], **settings).fit(module, PointsData())
+        make_trainer(folder, [StopOnNonFinite()], **settings).fit(module, data or PointsData())
     return module, str(caught.value)
 
 
@@ -72,6 +79,16 @@ def test_the_message_names_batch_and_samples(tmp_path: Path) -> None:
     sampler = ResumableSampler(len(Points()), seed=0)
     samples = ", ".join(str(i) for i in sampler.order(1)[8:12])
     assert f"the loss is nan in batch 2 (samples {samples} of the training set)" in message
+
+
+def test_samples_with_a_name_are_named(tmp_path: Path) -> None:
+    class Files(Points):
+        def name_of(self, at: int) -> str:
+            return f"{at}.jpg"
+
+    _, message = stopped(tmp_path, step=8, data=PointsData(dataset=Files()))
+    names = ", ".join(f"{i}.jpg" for i in ResumableSampler(len(Points()), seed=0).order(1)[8:12])
+    assert f"the loss is nan in batch 2 ({names})" in message
 
 
 def test_nothing_is_saved_after_a_bad_loss(tmp_path: Path) -> None:

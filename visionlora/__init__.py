@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from visionlora.config import LoraConfig
+from visionlora.errors import VisionLoRAError
 
 if TYPE_CHECKING:
     from visionlora.adapt import activate as activate
@@ -54,7 +55,7 @@ _WHERE = {
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = ["LoraConfig", *sorted(_MODULE_OF)]  # noqa: PLE0604  (all are names, computed from one table)
+__all__ = ["LoraConfig", "VisionLoRAError", *sorted(_MODULE_OF)]  # noqa: PLE0604  (all are names, computed from one table)
 
 
 def __getattr__(name: str) -> Any:

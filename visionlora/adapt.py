@@ -13,7 +13,7 @@ from visionlora.core.attach import Adapted, attach, detach, own_modules, set_act
 from visionlora.core.delta import Value
 from visionlora.core.folding import fold_when_trained, forget_folding
 from visionlora.core.norms import STATISTICS
-from visionlora.errors import InertAdapterError, StateError, TargetError
+from visionlora.errors import ConfigError, InertAdapterError, StateError, TargetError
 from visionlora.plan import Changes, Plan, build, make_plan, mixin_of
 from visionlora.registry import (
     Registry,
@@ -36,12 +36,20 @@ def apply_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str 
     >>> [n for n, p in net.named_parameters() if p.requires_grad]
     ['0.adapters.default.weight.A', '0.adapters.default.weight.B']
     """
+    _check_types(model, config)
     check_new_name(model, name)
     plan = make_plan(model, config or LoraConfig())
     put_on(model, name, plan, build(model, plan), trainable=True)
     activate(model, name)
     fold_when_trained(model)
     return model
+
+
+def _check_types(model: object, config: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a model, got {model!r}; build it first, e.g. timm.create_model(NAME)")
+    if not isinstance(config, LoraConfig | None):
+        raise ConfigError(f"expected a LoraConfig, got the {type(config).__name__} {config!r}: LoraConfig(r=16, ...)")
 
 
 def put_on(model: nn.Module, name: str, plan: Plan, changes: Changes, *, trainable: bool) -> None:

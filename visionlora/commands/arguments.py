@@ -53,7 +53,6 @@ def info(parser: Parser) -> None:
     parser.add_argument("adapter", nargs="?", help="directory of a saved adapter")
     parser.add_argument("--model", help="timm name of a backbone: show what would be attached to it")
     parser.add_argument("--num_classes", type=int, help="classes of the head (default: the model's own)")
-    parser.add_argument("--layers", action="store_true", help="list every layer of the adapter")
     parser.add_argument("--cost", action="store_true", help="what a training step costs, layer by layer")
     parser.add_argument("--order", choices=ORDERS, help="with --cost: force a computation order on every layer")
     parser.add_argument("--time", action="store_true", help="with --cost: also estimate milliseconds on this machine")

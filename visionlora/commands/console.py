@@ -25,6 +25,7 @@ EXPECTED = (
     r"(?is)\s*by default only one jsonargparse|.*deprecated in v4\.",  # LightningCLI's own calls
     r"Found \d+ module\(s\) in eval mode at the start of training",  # BatchNorm of a frozen base, on purpose
     r"Be aware that when using `ckpt_path`",  # a measurement needs no report of a run
+    r"Image size \(\d+ pixels\) exceeds limit",  # refused by us, with its name
     r"The '\w+_dataloader' does not have many workers",  # the data module chose the number
 )
 """Warnings about what is meant to be so."""

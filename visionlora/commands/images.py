@@ -12,6 +12,7 @@ from visionlora.commands import words
 from visionlora.commands.lightning import AdapterCLI
 from visionlora.commands.outputs import WritePredictions, results_table
 from visionlora.commands.scenes import Scenes, draw
+from visionlora.config import LoraConfig
 from visionlora.errors import ConfigError
 from visionlora.report.run import RunReport, ignorance
 from visionlora.vision.datamodule import ImageFolderData
@@ -52,6 +53,7 @@ class ImageCLI(AdapterCLI):
         if self._as_it_is:
             config.model.recipe = "none"
         if config.scenes is not None:
+            LoraConfig.from_dict(config.model.lora.as_dict())  # what it refuses, it refuses before hundreds are drawn
             if config.data.root is None:
                 raise ConfigError("scenes are drawn into data.root: set it to a folder")
             draw(Path(config.data.root), Scenes(**config.scenes))

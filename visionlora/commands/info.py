@@ -27,6 +27,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Print the adapter in a directory, or the adapter that a LoraConfig means on a model."""
     if (options.adapter is None) == (options.model is None):
         raise ConfigError("expected the directory of an adapter or --model NAME\nvisionlora info --help shows both")
+    if options.num_classes is not None and options.num_classes < 1:
+        raise ConfigError(f"--num_classes must be at least 1, got {options.num_classes}")
     if options.cost:
         print(told(*_subject(options, rest), options))
         return 0
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if rest:
         raise ConfigError(f"{rest[0]} belongs to --model NAME; what is in an adapter is fixed")
     file = read_adapter(options.adapter)
-    print("\n".join([*facts(file), *(["", *layers(file)] if options.layers else [])]))
+    print("\n".join([*facts(file), "", *layers(file)]))
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
 from visionlora.atomic import atomic_path
@@ -44,6 +45,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         print(rounded(done.quantised))
     given = {**base["args"], "num_classes": done.classes}
     told = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    home = model_entrypoint(base["name"]).__module__
+    if not home.startswith("timm."):
+        print(f"import {home}  # timm then knows {base['name']}")
     print(f'timm.create_model("{base["name"]}", {told}, checkpoint_path="{out}")')
     return 0
 

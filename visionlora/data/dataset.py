@@ -77,7 +77,7 @@ class ImageDataset(Dataset["tuple[Tensor, int, int] | None"]):
             return self._image(epoch, at), self.labels[at], at
         except ImageError as e:
             if self.on_error == "raise":
-                raise
+                raise ImageError(f"{e}; on_error skip leaves such images out, visionlora doctor lists them") from None
             self._skip(at, str(e))
             return None
 
@@ -85,6 +85,10 @@ class ImageDataset(Dataset["tuple[Tensor, int, int] | None"]):
     def skipped(self) -> list[str]:
         """The files left out so far, in any worker of this process."""
         return [self.paths[at] for at in self._bad.nonzero().flatten().tolist()]
+
+    def name_of(self, at: int) -> str:
+        """Return what a message calls an image: its file."""
+        return self.paths[at]
 
     def _image(self, epoch: int, at: int) -> Tensor:
         path = self.paths[at]

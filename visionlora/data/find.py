@@ -44,6 +44,8 @@ def walk(root: Path) -> tuple[list[Folder], list[str]]:
 def find_images(source: str | PathLike[str]) -> list[str]:
     """Return the images that a file, folder or glob stands for, sorted. Raises DataError if there are none."""
     path = Path(source)
+    if not str(source):
+        raise DataError("nothing to predict: expected a file, folder or glob, got an empty text")
     if path.is_dir():
         found = _below(path)
     elif path.exists():

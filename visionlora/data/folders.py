@@ -6,6 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Literal
@@ -150,7 +151,8 @@ def _unknown_splits(root: Path, samples: list[Sample]) -> list[str]:
 def _check_columns(path: Path, columns: list[str]) -> None:
     for needed in ("path", "label"):
         if needed not in columns:
-            near = did_you_mean(needed, columns)
+            found = get_close_matches(needed, [c for c in columns if c], n=1)
+            near = f'; rename "{found[0]}" to {needed}' if found else ""
             raise DataError(f"{path}: expected the columns path,label[,domain][,split], got {','.join(columns)}{near}")
 
 

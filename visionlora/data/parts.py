@@ -12,7 +12,7 @@ from visionlora.config import did_you_mean
 from visionlora.data.classes import check_labels, class_list
 from visionlora.data.folders import Sample
 from visionlora.data.splits import GroupBy, few_shot, stratified_split
-from visionlora.errors import DataError
+from visionlora.errors import ConfigError, DataError
 
 __all__ = ["SOURCE", "TARGET", "Division", "Parts", "divide"]
 
@@ -51,6 +51,18 @@ class Parts:
     val: list[Sample]
     tests: dict[str, list[Sample]]
     """Test parts by name: TARGET first, then single domains, SOURCE last if there is one."""
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raise ConfigError unless the shares held out leave something to train on."""
+    for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name} must be at least 0 and below 1, got {share}")
+    if val_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on: together they "
+            "must be below 1"
+        )
 
 
 def divide(

@@ -50,7 +50,9 @@ def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
     if recorded["fingerprint"] in (None, came["fingerprint"]):
         return
     cure = "load that base, or pass allow_other_base=True if its weights may differ"
-    if recorded["dtype"] != came["dtype"] and None not in (recorded["dtype"], came["dtype"]):
+    if recorded["class"] not in (None, came["class"]):
+        cure = "load the adapter on that architecture"
+    elif recorded["dtype"] != came["dtype"] and None not in (recorded["dtype"], came["dtype"]):
         cure = (
             f"the types differ: load the adapter while the model is in {recorded['dtype']} and cast the model "
             f"afterwards (model.to(torch.{came['dtype']})), or pass allow_other_base=True"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from visionlora.io.record import FORMAT_VERSION, RECORD, check_agreement, check_
 from visionlora.io.strict import parse_object
 
 WEIGHTS, PEFT_CONFIG, MIRROR, CARD = "adapter_model.safetensors", "adapter_config.json", "visionlora.json", "README.md"
+FULL = "model.safetensors"
+"""What a directory of mode "full" holds instead."""
 
 _MAX_JSON = 8 << 20  # bytes
 _log = logging.getLogger(__name__)
@@ -74,14 +77,30 @@ def _used(keys: Iterable[str]) -> list[str]:
 
 def _weights_path(source: Path) -> Path:
     path = source / WEIGHTS if source.is_dir() else source
+    if _is_training_state(source):
+        raise AdapterFileError(
+            f"{source} is the state of a training, to go on with: fit --ckpt_path {source}{_near(source.parent)}"
+        )
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise AdapterFileError(f"{path}: {_PICKLE.format(path=path.name, weights=WEIGHTS)}")
     if not path.is_symlink() and not path.exists():
         pickles = [p.name for p in sorted(path.parent.glob("adapter_model.*")) if p.suffix in (".bin", ".pt", ".pth")]
         if pickles:
             raise AdapterFileError(f"{path.parent}: {_PICKLE.format(path=pickles[0], weights=WEIGHTS)}")
-        raise AdapterFileError(f"{path}: expected an adapter file or a directory with {WEIGHTS}, found nothing there")
+        if (source / FULL).is_file():
+            raise AdapterFileError(f"{source} holds a whole model (mode full), no adapter: load_model builds it")
+        found = "found nothing there" + _near(source)
+        raise AdapterFileError(f"{path}: expected an adapter file or a directory with {WEIGHTS}, {found}")
     return path
+
+
+def _is_training_state(source: Path) -> bool:
+    return source.suffix == ".ckpt" and source.is_file() and zipfile.is_zipfile(source)
+
+
+def _near(run: Path) -> str:
+    """Return where the adapter of a run lies, if this is the folder of one."""
+    return f"; the adapter of this run is {run / 'adapter'}" if (run / "adapter").is_dir() else ""
 
 
 _PICKLE = (

@@ -48,6 +48,8 @@ def save_adapter(
     Raises ConfigError for tensors that are not finite and values that the record cannot hold, OSError for a disk that
     is full or read-only.
     """
+    if Path(directory).is_file():
+        raise ConfigError(f"{directory} is a file; give the directory that the adapter is to be written to")
     plan, state = as_plain(adapter_plan(model, name), adapter_state(model, name))
     tensors = _stored(plan, state)
     try:

@@ -169,9 +169,14 @@ def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, wher
     others = [n for n in own_modules(model) if n and (n == name or n.endswith(f".{name}"))]
     if others:
         kind = type(model.get_submodule(others[0])).__name__
+        if is_norm(model.get_submodule(others[0])):
+            cure = 'its scale and shift are trained by norm="affine"'
+        elif inside := next((n for n in candidates if n.startswith(f"{others[0]}.")), None):
+            cure = f'name the layers inside, e.g. "{inside}"'
+        else:
+            cure = "leave it out"
         raise TargetError(
-            f'{where}: "{name}" is {len(others)} module(s) of class {kind}, which owns no weight we can adapt; '
-            f"name the layers inside, e.g. {_inside(others[0], candidates)}"
+            f'{where}: "{name}" is {len(others)} module(s) of class {kind}, which owns no weight we can adapt; {cure}'
         )
     vectors = [n for n, p in model.named_parameters() if (n == name or n.endswith(f".{name}")) and p.ndim < 2]
     if vectors:
@@ -189,11 +194,7 @@ def _no_match(name: str, candidates: dict[str, Geometry], model: nn.Module, wher
     if not near:
         raise TargetError(f"{told}; visionlora info --model lists its {len(candidates)} layers")
     layers = endings.get(near.split(chr(34))[1])
-    raise TargetError(told + near + (f" ({layers} layers)" if layers else ""))
-
-
-def _inside(owner: str, candidates: dict[str, Geometry]) -> str:
-    return next((f'"{n}"' for n in candidates if n.startswith(f"{owner}.")), "another module")
+    raise TargetError(told + near + (f" ({layers} layer{'s' if layers > 1 else ''})" if layers else ""))
 
 
 def pattern_value(patterns: dict[str, float], name: str) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from visionlora.data.dataset import OnError
-from visionlora.data.parts import Division
+from visionlora.data.parts import Division, check_fractions
 from visionlora.errors import ConfigError, DataError
 from visionlora.text.caching import cache_folder
 from visionlora.text.columns import TaskType, check_task
@@ -126,6 +126,7 @@ class TextData(DividedTexts):
         self.task_type = check_task(task_type)
         self.problem_type = check_problem(problem_type, self.task_type)
         check_choices(self.hparams, self.task_type)
+        check_fractions(val_fraction, test_fraction)
         self.root, self.val_root, self.test_root, self.source_root = root, val_root, test_root, source_root
         self.predict_source, self.template, self.chat, self.packing = predict_source, template, chat, packing
         self.batch_size, self.num_workers, self.on_error, self.seed = batch_size, num_workers, on_error, seed

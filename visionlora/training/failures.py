@@ -1,4 +1,4 @@
-"""What a run died of (workers, shared memory, memory, a batch of one), and what to do about it."""
+"""What a run died of (workers, memory, images of another size, a batch of one), and what to do about it."""
 
 from __future__ import annotations
 
@@ -47,17 +47,21 @@ class ExplainFailures(Callback):
             self.explanation = _worker_story(exception, trainer)
         elif str(exception).startswith("Expected more than 1 value per channel"):
             self.explanation = _lonely_story(self._batch)
+        elif _of_size(exception, pl_module, self._batch):
+            self.explanation = _size_story(exception, self._batch)
+        elif str(exception).startswith("Early stopping conditioned on metric"):
+            self.explanation = str(exception)
 
 
 @contextmanager
 def explained(trainer: Trainer) -> Iterator[None]:
-    """Turn the end of a run by a dead worker, want of memory or a batch of one into a TrainingError that says so.
+    """Turn the end of a run that ExplainFailures understands into a TrainingError that says so.
 
     Wrap it around `trainer.fit(...)`; the trainer needs an ExplainFailures callback.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as e:
         notes = [c for c in trainer.callbacks if isinstance(c, ExplainFailures)]  # type: ignore[attr-defined]
         if notes and notes[0].explanation and not isinstance(e, VisionLoRAError):
             raise TrainingError(notes[0].explanation) from e
@@ -86,6 +90,22 @@ def _lonely_story(batch: str) -> str:
     return (
         f"BatchNorm met a single value a channel in {batch}, and one value has no spread: raise the batch size, "
         "or train in mode lora, linear or norm, where BatchNorm is constant"
+    )
+
+
+def _of_size(error: BaseException, module: LightningModule, batch: str) -> bool:
+    """Tell whether timm refused the size of images, or tripped over one that is not what the backbone is built for."""
+    if isinstance(error, AssertionError):
+        return str(error).startswith("Input")
+    cfg = getattr(getattr(module, "net", None), "pretrained_cfg", None) or {}
+    size = ", ".join(map(str, cfg.get("input_size", ())[1:]))
+    return isinstance(error, RuntimeError) and bool(cfg.get("fixed_input_size")) and f"{size})" not in batch
+
+
+def _size_story(error: BaseException, batch: str) -> str:
+    return (
+        f"the model does not take the images of {batch} ({error}). Leave data.image_size away, or build the model for "
+        "that size where it can be (ViT, Swin): model.model_args.img_size"
     )
 
 

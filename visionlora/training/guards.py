@@ -18,6 +18,8 @@ from visionlora.training.loops import training_loaders
 from visionlora.training.sampler import ResumableSampler
 
 log = logging.getLogger(__name__)
+MOST = 16
+"""Samples named in a message."""
 
 
 class CheckGradients(Callback):
@@ -95,5 +97,8 @@ def _samples(trainer: Trainer, batches: list[int]) -> str:
     sampler, size = loaders[0].sampler, loaders[0].batch_size or 1
     order = sampler.order(sampler.epoch)
     indices = [i for batch in batches for i in order[batch * size : (batch + 1) * size]]
-    more = ", ..." if len(indices) > 16 else ""
-    return f" (samples {', '.join(map(str, indices[:16]))}{more} of the training set)"
+    more = f" and {len(indices) - MOST} more" if len(indices) > MOST else ""
+    name_of = getattr(loaders[0].dataset, "name_of", None)  # images have a file, rows of a table a number
+    if name_of is not None:
+        return f" ({', '.join(name_of(i % len(order)) for i in indices[:MOST])}{more})"
+    return f" (samples {', '.join(map(str, indices[:MOST]))}{more} of the training set)"

@@ -17,7 +17,7 @@ from visionlora.data.classes import class_list
 from visionlora.data.dataset import ImageDataset, OnError
 from visionlora.data.find import find_images
 from visionlora.data.folders import Layout, Sample, read_csv, read_tree
-from visionlora.data.parts import Division, Parts, divide
+from visionlora.data.parts import Division, Parts, check_fractions, divide
 from visionlora.data.splits import GroupBy
 from visionlora.data.transforms import InputConfig, Preprocess, input_config
 from visionlora.errors import ConfigError, DataError
@@ -112,6 +112,7 @@ class ImageFolderData(pl.LightningDataModule):
         code = ["train_sampler", *(["group_by"] if callable(group_by) else [])]
         self.save_hyperparameters(ignore=code, logger=False)
         _check(root, csv, batch_size, num_workers, worker_timeout)
+        check_fractions(val_fraction, test_fraction)
         self.root, self.csv, self.layout, self.source_root = root, csv, layout, source_root
         self.predict_source, self._classes = predict_source, None if classes is None else list(classes)
         self._division = Division(

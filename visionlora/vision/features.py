@@ -47,6 +47,10 @@ class FeatureDataset(Dataset[tuple[Tensor, int, int]]):
         at = key % len(self)
         return self.features[at], self.labels[at], at
 
+    def name_of(self, at: int) -> str:
+        """Return what a message calls an image: its file."""
+        return self.images.name_of(at)
+
 
 def collate_features(items: Sequence[tuple[Tensor, int, int]]) -> FeatureBatch:
     """Return a batch of features."""

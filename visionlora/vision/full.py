@@ -15,11 +15,12 @@ from torch import nn
 from visionlora.atomic import atomic_path
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.base import describe_base
+from visionlora.io.read import FULL
 from visionlora.io.record import SCHEMA, versions
 from visionlora.io.strict import Rule, check, is_finite, is_whole, parse_object
 from visionlora.merging import base_state_dict
 
-WEIGHTS, MIRROR = "model.safetensors", "visionlora.json"
+WEIGHTS, MIRROR = FULL, "visionlora.json"
 RECORD = "visionlora_model"
 """Name in the metadata of the weights file."""
 FORMAT_VERSION = 1
