@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from layer_kinds import CASES, LAYERS, RANKS, adapted, build, cast, config_of, seat, stir
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import visionlora as vl
@@ -218,6 +219,24 @@ def test_empty_batches_run_and_have_no_gradient(variant: str, kind: str) -> None
         assert none.shape == (0, *y.shape[1:])
         none.sum().backward()
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@EVERY
+def test_inputs_of_another_type_are_taken_or_refused_as_the_base_does(variant: str, kind: str) -> None:
+    model, x = adapted(variant, kind, torch.float32)
+    stir(model)
+    for dtype in (torch.float16, torch.float64, torch.uint8):
+        for mode in (True, False):
+            with vl.disabled(model.train(mode)):
+                base = type_or_error(model, x.to(dtype))
+            assert type_or_error(model, x.to(dtype)) == base
+
+
+def type_or_error(model: nn.Module, x: Tensor) -> object:
+    try:
+        return model(x).dtype
+    except (RuntimeError, TypeError) as e:
+        return type(e)
 
 
 @EVERY
