@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +52,7 @@ def trained(task_type: str, mode: str = "lora") -> Run:
     """Return a training that was done once for all tests; leave it as it is."""
     family, sizes, epochs, lr = SETUPS[task_type]
     folder = Path(tempfile.mkdtemp(prefix="visionlora-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     base, texts = hub(folder / "base", family, **sizes), None
     torch.manual_seed(0)
     texts = data(task_type, base)
