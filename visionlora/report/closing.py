@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
-from visionlora.overview import readable_size, table
+from visionlora.overview import table
+from visionlora.report.costs import Costs
 from visionlora.vision.metrics import Result
 
 __all__ = ["SOURCE", "Closing", "SetScores"]
@@ -23,31 +24,13 @@ class SetScores:
     """None where the base has no head for these classes."""
 
 
-@dataclass(frozen=True)
-class Closing:
+@dataclass(frozen=True, kw_only=True)
+class Closing(Costs):
     """A finished run in numbers. `str(closing)` is the table."""
 
     sets: dict[str, SetScores]
     """Test sets by name: "target" first, "source" last."""
     classes: int
-    mode: str
-    trainable: int
-    """Parameters that were trained."""
-    base: int
-    """Parameters of the model without adapters."""
-    saved: str
-    """Where the adapter (or, in mode full, the model) lies."""
-    size: int
-    """Bytes of its weights file."""
-    seconds: float
-    """Training and validation; for a resumed run the sum."""
-    epochs: int
-    steps: int
-    memory: int | None
-    """Peak in bytes: of the GPU, else of the process; None where the system does not tell."""
-    memory_of: str
-    base_unchanged: bool | None
-    """Whether the base, adapter off, has the very weights it came with; None in mode full."""
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -62,7 +45,7 @@ class Closing:
 
     def __str__(self) -> str:
         lines = _accuracies(self.sets) if self.sets else ["no test images: accuracy was not measured"]
-        return "\n".join([*lines, "", *_costs(self), *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, "", *self.cost_lines(), *(f"note: {note}" for note in self.notes)])
 
 
 def _accuracies(sets: dict[str, SetScores]) -> list[str]:
@@ -79,37 +62,3 @@ def _row(name: str, scores: SetScores) -> tuple[str, ...]:
         was, change = f"{before.acc:.1%}", f"{points:+.1f}"
         remark = ("forgotten" if points < 0 else "nothing forgotten") if name == SOURCE else ""
     return name, f"{after.images:,}", was, f"{after.acc:.1%}", change, remark
-
-
-def _costs(closing: Closing) -> list[str]:
-    share = closing.trainable / closing.base if closing.base else 0.0
-    what = "model" if closing.mode == "full" else "adapter"
-    memory = "not told by this system" if closing.memory is None else readable_size(closing.memory)
-    rows = [
-        (
-            "trained",
-            f"{closing.trainable:,} parameters, {share:.2%} of the model's {closing.base:,} (mode {closing.mode})",
-        ),
-        (what, f"{readable_size(closing.size)} in {closing.saved}"),
-        (
-            "time",
-            f"{_duration(closing.seconds)} for {_count(closing.epochs, 'epoch')}, {_count(closing.steps, 'step')}",
-        ),
-        ("peak memory", f"{memory} ({closing.memory_of})"),
-    ]
-    if closing.base_unchanged is not None:
-        rows.append(("adapter off", "the base, bit for bit" if closing.base_unchanged else "NOT the base any more"))
-    width = max(len(name) for name, _ in rows)
-    return [f"{name:<{width}}  {value}" for name, value in rows]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

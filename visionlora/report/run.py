@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision
-from torch import nn
 
 from visionlora.adapt import disabled
 from visionlora.atomic import write_atomic
-from visionlora.io.read import WEIGHTS as ADAPTER
-from visionlora.merging import base_state_dict, fingerprint
+from visionlora.merging import fingerprint
 from visionlora.report.closing import Closing, SetScores
+from visionlora.report.costs import costs_of, peak_memory, saved_adapter
 from visionlora.report.head import has_new_head
 from visionlora.report.measure import Answers, answers_by_set, loaders_by_set, measured_here, shipped
 from visionlora.report.pictures import confusion_picture, sample_picture
 from visionlora.report.samples import Measured, sections
-from visionlora.training.checkpoint import AdapterCheckpoint, save_in_first_process
 from visionlora.training.gather import whole_in_first_process
 from visionlora.vision.features import FeatureDataset
-from visionlora.vision.full import WEIGHTS as FULL
 from visionlora.vision.metrics import Result
 from visionlora.vision.module import ImageClassifier
 from visionlora.vision.settings import LEAN
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["RunReport", "ignorance"]
 
@@ -80,9 +70,9 @@ class RunReport(Callback):
         if trainer.fast_dev_run:
             return
         module = _checked(pl_module)
-        memory, seconds = _memory(module.device), self._total()
+        seconds, memory = self._total(), peak_memory(module.device)  # before the report takes its own
         folder = self.directory or Path(trainer.default_root_dir)
-        saved = _saved(trainer, module, folder)
+        saved = saved_adapter(trainer, module, folder)
         if not measured_here(trainer, module.net):
             return  # done: this process does not wait for the first one to measure
         with shipped(module, saved):
@@ -92,20 +82,10 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             results = {n: before[n].result for n in before} or self._before
             self.closing = Closing(
-                {n: SetScores(a.result, results.get(n)) for n, a in after.items()},
+                sets={n: SetScores(a.result, results.get(n)) for n, a in after.items()},
                 classes=len(module.class_names),
-                mode=module.hparams.mode,
-                trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
-                base=_parameters(module.net),
-                saved=str(saved),
-                size=(saved / (FULL if module.config is None else ADAPTER)).stat().st_size,
-                seconds=seconds,
-                epochs=trainer.current_epoch,
-                steps=trainer.global_step,
-                memory=memory[0],
-                memory_of=memory[1],
-                base_unchanged=unchanged,
                 notes=_notes(self._unknown or "", module),
+                **costs_of(trainer, module, saved, seconds=seconds, memory=memory, unchanged=unchanged),
             )
             self._write(folder, trainer, module, self.closing, after, before)
             self.show(str(self.closing))
@@ -164,15 +144,6 @@ def _fingerprint(trainer: Trainer, module: ImageClassifier) -> str:
         return fingerprint(module.net) if trainer.is_global_zero else ""
 
 
-def _saved(trainer: Trainer, module: ImageClassifier, folder: Path) -> Path:
-    """Return where the adapter of this run lies; it is written now if no callback kept the best."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, AdapterCheckpoint) and (callback.best is not None or callback.monitor is None):
-            return callback.adapter_path
-    save_in_first_process(trainer, module, folder / "adapter")
-    return folder / "adapter"
-
-
 def ignorance(module: ImageClassifier) -> str:
     """Return why the base cannot name these classes, or nothing."""
     cfg = module.net.__dict__.get("pretrained_cfg") or {}
@@ -185,17 +156,3 @@ def ignorance(module: ImageClassifier) -> str:
 def _notes(unknown: str, module: ImageClassifier) -> list[str]:
     told = [f"{unknown}: there is no accuracy before; chance is {1 / len(module.class_names):.1%}"] if unknown else []
     return [*told, LEAN] if module.config is not None and module.config.variant == "fa" else told
-
-
-def _parameters(net: nn.Module) -> int:
-    own = {name for name, _ in net.named_parameters()}
-    return sum(tensor.numel() for key, tensor in base_state_dict(net).items() if key in own)
-
-
-def _memory(device: torch.device) -> tuple[int | None, str]:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "GPU"
-    if resource is None:
-        return None, "process"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024), "process"

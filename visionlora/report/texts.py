@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +20,12 @@ from torch import Tensor
 from visionlora.adapt import disabled
 from visionlora.atomic import write_atomic
 from visionlora.io import read_adapter
-from visionlora.io.read import WEIGHTS as ADAPTER
-from visionlora.merging import base_state_dict, fingerprint
-from visionlora.overview import readable_size, table
+from visionlora.merging import fingerprint
+from visionlora.overview import table
+from visionlora.report.costs import Costs, costs_of, peak_memory, saved_adapter
 from visionlora.text.full import WEIGHTS as FULL
 from visionlora.text.metrics import LanguageScores, Result
 from visionlora.text.module import TextTask
-from visionlora.training.checkpoint import AdapterCheckpoint, save_in_first_process
 from visionlora.training.gather import fill, is_sharded
 
 __all__ = ["TextReport", "scores_table"]
@@ -39,25 +37,14 @@ SHOWN = ("acc", "f1", "em", "ppl", "rougeL", "bleu", "r2", "ece")
 """Scores of the table, of those a task has."""
 
 
-@dataclass(frozen=True)
-class TextClosing:
+@dataclass(frozen=True, kw_only=True)
+class TextClosing(Costs):
     """A finished run in numbers. `str(closing)` is the table."""
 
     after: dict[str, Result]
     """Test sets by name: "target" first, "source" last."""
     before: dict[str, Result]
     """The same with the adapter off; empty where the base cannot answer."""
-    mode: str
-    trainable: int
-    base: int
-    saved: str
-    size: int
-    seconds: float
-    epochs: int
-    steps: int
-    memory: int | None
-    base_unchanged: bool | None
-    """Whether the base, adapter off, has the very weights it came with; None in mode full."""
     note: str
 
     def to_json(self) -> str:
@@ -67,20 +54,8 @@ class TextClosing:
     def __str__(self) -> str:
         rows = [row for name, result in self.after.items() for row in _rows(name, result, self.before.get(name))]
         lines = table(("texts of", "number", "score", "before", "after", "change"), rows, right=(1, 3, 4, 5))
-        costs = {
-            "trained": f"{self.trainable:,} parameters, {self.trainable / self.base:.2%} of the model's {self.base:,} "
-            f"(mode {self.mode})",
-            "model" if self.mode == "full" else "adapter": f"{readable_size(self.size)} in {self.saved}",
-            "time": f"{self.seconds:.1f} s for {self.epochs} epochs, {self.steps:,} steps",
-            "peak memory": "not told by this system" if self.memory is None else readable_size(self.memory),
-        }
-        if self.base_unchanged is not None:
-            costs["adapter off"] = "the base, bit for bit" if self.base_unchanged else "NOT the base any more"
-        width = max(map(len, costs))
-        told = [f"{name:<{width}}  {value}" for name, value in costs.items()]
-        return "\n".join(
-            [*(lines if rows else ["no test texts"]), "", *told, *([f"note: {self.note}"] if self.note else [])]
-        )
+        notes = [f"note: {self.note}"] if self.note else []
+        return "\n".join([*(lines if rows else ["no test texts"]), "", *self.cost_lines(), *notes])
 
 
 class TextReport(Callback):
@@ -110,8 +85,12 @@ class TextReport(Callback):
         module = _task(pl_module)
         if trainer.fast_dev_run or is_sharded(module.net):
             return
-        seconds, folder = self._total(), self.directory or Path(trainer.default_root_dir)
-        saved = _saved(trainer, module, folder)
+        seconds, memory, folder = (
+            self._total(),
+            peak_memory(module.device),
+            self.directory or Path(trainer.default_root_dir),
+        )
+        saved = saved_adapter(trainer, module, folder)
         if not trainer.is_global_zero:
             return
         with shipped(module, saved):
@@ -120,21 +99,12 @@ class TextReport(Callback):
         if module.config is not None and _knows(module):
             with disabled(module.net):
                 before = results(trainer, module)
-        own = {name for name, _ in module.net.named_parameters()}
+        unchanged = None if module.config is None else fingerprint(module.net) == module.fingerprint()
         self.closing = TextClosing(
-            after,
-            before,
-            mode=module.hparams.mode,
-            trainable=sum(p.numel() for group in module.trainable_groups().values() for p in group),
-            base=sum(tensor.numel() for key, tensor in base_state_dict(module.net).items() if key in own),
-            saved=str(saved),
-            size=(saved / (FULL if module.config is None else ADAPTER)).stat().st_size,
-            seconds=seconds,
-            epochs=trainer.current_epoch,
-            steps=trainer.global_step,
-            memory=_memory(module.device),
-            base_unchanged=None if module.config is None else fingerprint(module.net) == module.fingerprint(),
+            after=after,
+            before=before,
             note="" if _knows(module) else HEADLESS,
+            **costs_of(trainer, module, saved, seconds=seconds, memory=memory, unchanged=unchanged),
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "summary.json", self.closing.to_json())
@@ -229,22 +199,3 @@ def _task(module: LightningModule) -> TextTask:
 def _knows(module: Any) -> bool:
     """Tell whether the base answers without an adapter: a language model does, a classifier has no head yet."""
     return bool(module.task.writes)
-
-
-def _saved(trainer: Trainer, module: TextTask, folder: Path) -> Path:
-    """Return where the adapter of this run lies; it is written now if no callback kept the best."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, AdapterCheckpoint) and (callback.best is not None or callback.monitor is None):
-            return callback.adapter_path
-    save_in_first_process(trainer, module, folder / "adapter")
-    return folder / "adapter"
-
-
-def _memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
