@@ -150,6 +150,13 @@ def test_doctor_ends_with_1_and_names_the_broken_file(tmp_path: Path, capsys: py
     assert "empty.jpg" in capsys.readouterr().out
 
 
+def test_doctor_names_an_image_that_is_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder_of_images(tmp_path / "data")
+    Image.new("1", (9500, 9500)).save(root / "dog" / "vast.png")
+    assert main(["doctor", str(root)]) == 1
+    assert "vast.png: 9500 x 9500 pixels; at most" in capsys.readouterr().out
+
+
 def test_doctor_reads_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder_of_images(tmp_path / "data")
     rows = [f"{path},{path.parent.name}" for path in sorted(root.glob("*/*.png"))]

@@ -78,6 +78,22 @@ def test_every_task_is_trained_measured_and_predicted(
         assert len([*csv.DictReader(file)]) == 5
 
 
+@pytest.mark.parametrize(("task", "code"), [("SEQ_CLS", 2), ("CAUSAL_LM", 0)])
+def test_what_has_no_head_is_not_measured(task: str, code: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub(here / "base", FAMILY[task])
+    words = [
+        "--model.model_name",
+        "base",
+        "--model.task_type",
+        task,
+        "--data.root",
+        write(here / "t.jsonl", rows(task, 60)),
+    ]
+    assert main(["test", *words, *FEW]) == code
+    told = "the model has no head for this task, there is nothing to test: give --adapter DIRECTORY"
+    assert (told in capsys.readouterr().err) == (code == 2)
+
+
 def test_predictions_are_those_of_the_model(here: Path) -> None:
     assert fit(here, "SEQ_CLS", epochs=2) == 0
     texts = [row["text"] for row in rows("SEQ_CLS", 6, 5)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
+
+from PIL import Image
 
 from visionlora.data.doctor import Report, examine_csv, examine_tree, render
 from visionlora.errors import ConfigError
@@ -14,10 +17,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.task is not None:
         return _text(options)
     classes = _words(options.classes)
-    if Path(options.data).suffix.lower() == ".csv":
-        report = examine_csv(options.data, classes=classes, threads=options.threads)
-    else:
-        report = examine_tree(options.data, layout=options.layout, classes=classes, threads=options.threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a finding, with the file's name
+        if Path(options.data).suffix.lower() == ".csv":
+            report = examine_csv(options.data, classes=classes, threads=options.threads)
+        else:
+            report = examine_tree(options.data, layout=options.layout, classes=classes, threads=options.threads)
     return _told(report, render(report, most=options.most))
 
 
