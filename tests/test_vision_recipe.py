@@ -1,12 +1,14 @@
-"""A small CNN gets a larger adapter, unless something else is asked for."""
+"""A small CNN gets a larger adapter and a small backbone a higher rate, unless something else is asked for."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
-from test_vision_module import classifier
+from test_vision_module import Data, classifier, trainer
 
 from visionlora.config import LoraConfig
 from visionlora.core.geometry import geometry_of
@@ -34,6 +36,28 @@ def test_depthwise_kernels_of_a_small_cnn_are_trained_in_full() -> None:
     trained = [p for p in module.parameters() if id(p) in saved]
     assert sorted(tuple(p.shape) for p in trained if p.ndim == 4) == sorted(shapes)
     assert "head" in module.trainable_groups()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rate"),
+    [
+        ("test_vit", {}, 3e-3),
+        ("mobilenetv3_small_050", {}, 3e-3),  # 0.6 million weights
+        ("mobilenetv3_small_100", {}, 1e-3),  # 1.5 million
+        ("mobilenetv3_small_100", {"recipe": "none"}, 1e-3),
+        ("mobilenetv3_small_100", {"mode": "norm"}, 1e-2),
+        ("mobilenetv3_small_100", {"lr": 4e-3}, 4e-3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")
+def test_the_rate_of_an_adapter_fits_the_size_of_the_backbone(
+    name: str, settings: dict[str, Any], rate: float, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, max_steps=1, max_epochs=1, limit_val_batches=0)
+    run.fit(classifier(name, **settings), datamodule=Data())
+    assert {group["initial_lr"] for group in run.optimizers[0].param_groups} == {rate}
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from visionlora.vision.loops import (
     see_data,
     seeded,
 )
-from visionlora.vision.recipe import Recipe, suited
+from visionlora.vision.recipe import Recipe, lora_rate, suited
 from visionlora.vision.settings import LEAN, RATES, Memory, Mode, adapter_config, check_settings
 from visionlora.vision.steps import ImageSteps
 
@@ -65,7 +65,8 @@ class ImageClassifier(ImageSteps):
         pretrained: start from timm's weights (fetched when they are not on this machine).
         checkpoint: start from a local file with weights of this backbone instead.
         model_args: further arguments of timm.create_model.
-        lr: learning rate of AdamW; by default 3e-3, for "linear" and "norm" 1e-2, for "full" 1e-4.
+        lr: learning rate of AdamW; by default 1e-3, on a backbone of fewer than a million weights 3e-3, for "linear"
+            and "norm" 1e-2, for "full" 1e-4.
         head_lr_factor: multiplies the rate of the head.
         lora_plus: multiplies the rate of B (LoRA+, Hayou et al. 2024); 1 is plain LoRA.
         weight_decay: of all tensors with two dimensions or more.
@@ -148,7 +149,7 @@ class ImageClassifier(ImageSteps):
             config = suited(config, net)
         self.save_hyperparameters({**settings, "lora": config.to_dict()})
         self.net, self.config = net.train(), adapter_config(self.hparams.mode, config, self.hparams.memory)
-        self._base = fingerprint(net)
+        self._base, self._rates = fingerprint(net), {**RATES, "lora": lora_rate(net)}
         self.class_names = list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
         if self.config is None:
             net.requires_grad_(True)
@@ -184,7 +185,7 @@ class ImageClassifier(ImageSteps):
 
     def configure_optimizers(self) -> dict[str, Any]:
         h, groups = self.hparams, self.trainable_groups()
-        lr = RATES[h.mode] if h.lr is None else h.lr
+        lr = self._rates[h.mode] if h.lr is None else h.lr
         factors = {"head": h.head_lr_factor, "B": h.lora_plus}
         optimizer = adamw(groups, self.trainer, lr=lr, weight_decay=h.weight_decay, factors=factors)
         total = planned_steps(self.trainer)

@@ -1,4 +1,4 @@
-"""The adapter that a small convolutional network gets where nothing else is asked for."""
+"""What fits the size of a network where nothing else is asked for: the adapter of a small CNN, the learning rate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ log = logging.getLogger(__name__)
 Recipe = Literal["auto", "none"]
 SMALL = 1_000_000
 """Weights below which a network has too few for what LoRA leaves alone not to matter."""
+
+
+def lora_rate(net: nn.Module) -> float:
+    """Return the learning rate of an adapter on a network without one, head left out.
+
+    3e-3 is right for networks of fewer than a million weights. With MobileNetV2 (2.2 million) it ends 4 points lower on
+    the target than 1e-3, and 4 to 13 on the source (docs/results.md).
+    """
+    return 3e-3 if _weights(net) < SMALL else 1e-3
 
 
 def suited(lora: LoraConfig, net: nn.Module) -> LoraConfig:
