@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def test_what_changed_since_the_checkpoint_is_told(run: Path, capsys: pytest.Cap
     told = capsys.readouterr().err
     assert "changed since the checkpoint: data.batch_size: 8 in the checkpoint, 4 now" in told
     assert "changed since the checkpoint: weight_decay: 0.01 in the checkpoint, 0.5 now" in told
-    assert told.count("changed since") == 2
+    assert told.count("changed since the checkpoint") == 2
+    assert "changed since the run's last call: trainer.max_epochs: 1 then, 2 now" in told
 
 
 def test_a_resumed_run_goes_on_in_its_folder_and_file(run: Path) -> None:
@@ -107,7 +109,14 @@ def test_the_images_of_a_run_are_divided_as_in_the_run(run: Path, errors: Errors
     assert (data["split_seed"], data["train_domains"]) == (3, ["night"]), "else it is tested on what it was trained on"
     assert main([*words, "data/night"]) == 0
     data = config_of(run, "config.test.yaml")["data"]
-    assert (data["split_seed"], data["train_domains"]) == (0, None), "other images are divided as asked for"
+    assert (data["split_seed"], data["train_domains"]) == (3, None), "these images have no domains"
+    shutil.copytree(Path("data").resolve(), "moved")
+    assert main([*words, "moved"]) == 0
+    data = config_of(run, "config.test.yaml")["data"]
+    assert (data["root"], data["split_seed"], data["train_domains"]) == ("moved", 3, ["night"])
+    weights = str(run / "adapter" / "adapter_model.safetensors")
+    assert main(["test", "--adapter", weights]) == 0
+    assert config_of(run, "config.test.yaml")["data"]["split_seed"] == 3, "the file lies in the run as well"
 
 
 def test_lora_settings_that_are_typed_are_those_trained(here: Path) -> None:

@@ -76,7 +76,7 @@ def test_without_a_metric_every_epoch_is_kept(tmp_path: Path) -> None:
 
 def test_an_unknown_metric_is_named_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'val/acc'.*val/loss"):
-        fit(tmp_path, callbacks=[checkpoint_callback(tmp_path, monitor="val/acc")])
+        fit(tmp_path, callbacks=[checkpoint_callback(tmp_path, monitor="val/acc", mode="max")])
 
 
 def test_the_checkpoint_before_the_last_is_kept(tmp_path: Path) -> None:

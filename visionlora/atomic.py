@@ -47,7 +47,9 @@ def atomic_path(path: str | Path, *, need: int | None = None) -> Iterator[Path]:
     try:
         sweep(path.parent)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # not mkstemp: respect the umask
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # a writer may have put a file of its own in its place, which others cannot read
         _flush(temporary)
         temporary.replace(path)
         _flush_folder(path.parent)

@@ -98,12 +98,13 @@ class LoraConfig:
         known = [f.name for f in fields(cls)]
         for key in data:
             if key not in known:
-                raise ConfigError(
-                    f"LoraConfig has no field {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}"
-                )
+                near = f'; did you mean "{MEANT[key]}"?' if key in MEANT else did_you_mean(key, known)
+                raise ConfigError(f"LoraConfig has no field {key!r}{near}; it has {', '.join(known)}")
         return cls(**data)
 
 
+MEANT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+"""What other libraries call our fields."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
     "norm": get_args(Norm),

@@ -27,6 +27,8 @@ class Registry:
     active: dict[str, float] = field(default_factory=dict)
     merged: list[Any] | None = None
     """What unmerge puts back; None while nothing is merged."""
+    original: dict[str, Any] = field(default_factory=dict)
+    """Type and fingerprints of the base before a run cast it (`io.base.remember_base`); empty where nobody told."""
     routed: bool = False
     """A batch is being routed: nothing may change before its with block ends."""
 
@@ -53,6 +55,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
     """Return the strength of every active adapter by name."""
+    if not isinstance(model, nn.Module):
+        raise StateError(f"expected a model, got {model!r} (load_adapter returns the name, not the model)")
     return dict(registry_of(model).active)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.core.attach import Adapted
 from visionlora.core.bank import routed
 from visionlora.errors import StateError
 from visionlora.registry import adapted_layers, check_known_name, registry_of
+from visionlora.targets.heads import is_transformers
 
 
 @contextmanager
@@ -32,8 +34,29 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     ...     net(torch.ones(3, 8)).shape
     torch.Size([3, 8])
     """
-    with route_all([model], names):
+    with route_all([model], names), _counted(model, len(names)):
         yield model
+
+
+@contextmanager
+def _counted(model: nn.Module, samples: int) -> Iterator[None]:
+    """Refuse a batch of another size at the model's door; inside, windows of one sample lie behind each other."""
+
+    def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if batch is not None and (not batch.ndim or len(batch) != samples):
+            raise StateError(
+                f"{samples} adapters are named, one a sample, and the batch has shape {tuple(batch.shape)}"
+            )
+
+    if is_transformers(model):  # beams of one text lie behind each other already here
+        yield
+        return
+    hook = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

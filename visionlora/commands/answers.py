@@ -17,6 +17,10 @@ from visionlora.errors import ConfigError
 __all__ = ["WriteAnswers"]
 
 
+ANSWERS = {"probability", "labels", "value", "tags", "answer", "written"}
+"""Columns that tell a file of ours from one of the user's; `label` is in both."""
+
+
 class WriteAnswers(Callback):
     """Write OUT.csv and OUT.jsonl when prediction ends: each row as it was read, with its answer beside it.
 
@@ -24,13 +28,17 @@ class WriteAnswers(Callback):
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.csv_path, self.jsonl_path = (Path(f"{out}{suffix}") for suffix in (".csv", ".jsonl"))
+        stem = Path(out).with_suffix("") if Path(out).suffix in (".csv", ".jsonl") else Path(out)
+        self.csv_path, self.jsonl_path = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".jsonl"))
         self._found: dict[int, dict[str, Any]] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             raise ConfigError("predictions are written by one process: --trainer.devices 1")
         self._found = {}
+        for path in (self.csv_path, self.jsonl_path):
+            if path.is_file() and not ANSWERS & set(_columns(path)):
+                raise ConfigError(f"{path} exists and holds no answers; give another name with --out")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
@@ -82,3 +90,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow({k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in row.items()})
     return text.getvalue()
+
+
+def _columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        first = file.readline()
+    if path.suffix == ".csv":
+        return next(csv.reader([first]), [])
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return []
+    return list(row) if isinstance(row, dict) else []

@@ -143,6 +143,8 @@ class AdapterCLI(LightningCLI, ABC):
         config = self.config[self.subcommand]
         if words.is_typed("trainer.default_root_dir", self.args):
             raise ConfigError("a run is written to the folder OUTPUT/RUN: give --output FOLDER, --run NAME or both")
+        if config.checkpoint.directory is not None:  # two runs would share it
+            raise ConfigError("checkpoint.directory is the run's folder: give --output FOLDER, --run NAME or both")
         folder = _folder(str(self.subcommand), config, self.configs)
         if folder is None:
             self.save_config_callback = None
@@ -200,7 +202,7 @@ class AdapterCLI(LightningCLI, ABC):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand != "fit":
             self._check_trained(subcommand)
-        with explained(self.trainer):
+        with explained(self.trainer), refusals_told():
             super()._run_subcommand(subcommand)
         if subcommand in ("validate", "test") and self.trainer.is_global_zero:
             print(self.results_table())

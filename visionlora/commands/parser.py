@@ -45,6 +45,8 @@ def explain(message: str, known: list[str]) -> str:
     for pattern in _UNKNOWN:
         found = pattern.search(message)
         if found:
+            if pattern is _UNKNOWN[0] and not found["word"].startswith("-"):
+                return f'"{found["word"]}" belongs to no setting; data are given by --data.root {found["word"]}'
             group = found.groupdict().get("group")
             key = found["word"].partition("=")[0].lstrip("-")
             key = f"{group}.{key}" if group else key
@@ -52,6 +54,8 @@ def explain(message: str, known: list[str]) -> str:
     text = _plain(message)
     if nested := _NESTED.search(text):
         return f"{nested['group']} is one value, there is no setting {nested['group']}.{nested['word']}"
+    if "must be given via" in text and "num_classes" in text:
+        return "model.num_classes is counted in the data; data.classes names the classes"
     if _MISSING.search(text):
         return (
             "no model: give --model.model_name NAME (a backbone of timm, or for text a model of transformers), "
@@ -74,6 +78,8 @@ def _not_of_type(key: str, types: str, value: str) -> str:
     hint = f'; did you mean "{near[0]}"?' if near else ""
     *most, last = choices
     expected = f"{', '.join(most)} or {last}" if most else last
+    if "list[str]" in choices:
+        hint = ': write them as ["01", "02"], numbers in quotes' if value.startswith("[") else f"; write [{value}]"
     return _cut(f"{key}: expected {expected}, got {value}") + hint
 
 

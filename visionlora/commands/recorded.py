@@ -9,6 +9,7 @@ from typing import Any
 
 from visionlora.commands import runs, words
 from visionlora.errors import AdapterFileError, ConfigError
+from visionlora.io.read import FULL
 from visionlora.text.loading import read_record as read_text_record
 from visionlora.training.checkpoint_io import newest_readable, read_checkpoint
 from visionlora.vision.loading import read_record
@@ -23,6 +24,8 @@ WRITING = ("max_new_tokens", "num_beams", "max_answer_tokens", "null_threshold")
 """How a run of text had its answers made."""
 OF_TRAINING = ("seed_everything", "trainer", "checkpoint", "report")
 """Parts of a run's config that fit takes when it goes on with it."""
+DOMAINS = ("train_domains", "test_domains", "source_domains")
+PLACES = ("root", "csv", "val_root", "test_root")
 OF_ADAPTER = ("model_args", "mode", "lora", "recipe", "adapter_name", "memory", "pretrained", "quantize")
 """Settings of the model that an adapter has of itself; typed beside one, they would be passed over."""
 
@@ -62,7 +65,10 @@ def _resolve(given: str, configs: list[str], flags: list[str]) -> Path | None:
     """Return the checkpoint that is meant; None where "last" of a run is wanted that has none yet."""
     if given != "last":
         return runs.checkpoint_of(given)
-    name = words.setting("run", configs, flags) or runs.default_name(configs, "")
+    given_name = words.setting("run", configs, flags)
+    if given_name is None and all(config.lstrip().startswith("{") for config in configs):
+        raise ConfigError("--ckpt_path last is the newest run of a --config or of a --run NAME: give one of them")
+    name = given_name or runs.default_name(configs, "")
     run = runs.newest(Path(words.setting("output", configs, flags) or "runs"), name)
     if run is None:
         log.info("no run %s to go on with: this is the first", name)
@@ -93,28 +99,58 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     """Return, as a config, where the run of a checkpoint or an adapter had its base and its data."""
     run = runs.run_of(path)
     if run is None:
+        if verb in ("validate", "test"):
+            log.info("%s lies in no run: what is divided here anew may be what it was trained on", path)
         return []
     recorded = words.read_config(str(run / runs.CONFIG))
     model = recorded.get("model") or {}
-    own = ("model_name", *WRITING) if model.get("task_type") else ("checkpoint",)
+    whole = (path / FULL).is_file()  # trained in full: it needs no weights of a base
+    own = ("model_name", *WRITING) if model.get("task_type") else () if whole else ("checkpoint",)
     kept: dict[str, Any] = {"model": {key: model.get(key) for key in own if key in model}}
-    if verb != "predict" and (not words.data_is_given(configs, flags) or _same_data(recorded, configs, flags)):
-        log.info("data as in %s", run / runs.CONFIG)
-        kept |= {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
+    if verb != "predict":
+        kept |= _data_of(run, recorded, configs, flags)
     if verb == "fit":
         kept |= {key: recorded[key] for key in OF_TRAINING if recorded.get(key) is not None}
         kept.get("checkpoint", {}).pop("fixed", None)
+        _tell_changes(recorded, configs, flags)
     return [json.dumps(kept)]
 
 
-def _same_data(recorded: dict[str, Any], configs: list[str], flags: list[str]) -> bool:
-    """Tell whether the data given is the run's own: divided anew, its test images would be those trained on."""
-    own = recorded.get("data") or {}
+def _data_of(run: Path, recorded: dict[str, Any], configs: list[str], flags: list[str]) -> dict[str, Any]:
+    """Return the data settings of a run: divided otherwise, its test images would be those it was trained on."""
+    data, place = dict(recorded.get("data") or {}), run / runs.CONFIG
+    if words.data_is_given(configs, flags) and not _same_data(data, configs, flags):
+        root = words.data_setting("root", configs, flags)
+        named = [name for key in DOMAINS for name in data.get(key) or ()]
+        for key in PLACES:
+            data.pop(key, None)
+        if root is not None and Path(root).is_dir() and not all((Path(root) / name).is_dir() for name in named):
+            log.info("%s has not the domains of %s: %s", root, place, ", ".join(named))
+            for key in DOMAINS:
+                data.pop(key, None)
+        log.info("data read and divided as in %s, but for its place", place)
+        return {"data": data}
+    for key in ("root", "csv"):
+        if isinstance(data.get(key), str) and not Path(data[key]).exists() and not recorded.get("scenes"):
+            raise ConfigError(f"{data[key]}, the data of {place}, is not here: give its place, --data.{key} PATH")
+    log.info("data as in %s", place)
+    return {key: recorded[key] for key in ("data", "scenes") if recorded.get(key)}
+
+
+def _same_data(own: dict[str, Any], configs: list[str], flags: list[str]) -> bool:
     return all(_place(words.data_setting(key, configs, flags)) == _place(own.get(key)) for key in ("root", "csv"))
 
 
 def _place(given: Any) -> Any:
     return Path(given).resolve() if isinstance(given, str) else given
+
+
+def _tell_changes(recorded: dict[str, Any], configs: list[str], flags: list[str]) -> None:
+    """Say which settings of the Trainer are other than in the run's last call; those of model and data fit tells."""
+    for key, then in (recorded.get("trainer") or {}).items():
+        now = words.trainer_setting(key, configs, flags)
+        if now is not None and not isinstance(then, dict | list) and now != then:
+            log.info("changed since the run's last call: trainer.%s: %s then, %s now", key, then, now)
 
 
 def _of_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:

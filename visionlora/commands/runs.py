@@ -9,6 +9,7 @@ from visionlora.commands.words import read_config
 from visionlora.errors import ConfigError, ResumeError
 
 CONFIG = "config.yaml"
+WEIGHTS = "adapter_model.safetensors"
 LAST = "last.ckpt"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -52,8 +53,8 @@ def checkpoint_of(path: str) -> Path:
 
 
 def run_of(path: Path) -> Path | None:
-    """Return the run a checkpoint or an adapter directory lies in, if it lies in one."""
-    parent = path.parent
+    """Return the run a checkpoint or an adapter lies in, if it lies in one."""
+    parent = path.parent.parent if path.name == WEIGHTS else path.parent
     return parent if (parent / CONFIG).is_file() else None
 
 

@@ -74,6 +74,12 @@ def data_setting(key: str, configs: list[str], words: list[str]) -> Any:
     return _setting_of("data", key, configs, words)
 
 
+def trainer_setting(key: str, configs: list[str], words: list[str]) -> Any:
+    """Return what was given for a setting of the Trainer, or None: the last flag, else the last config that has it."""
+    found = _setting_of("trainer", key, configs, words)
+    return yaml.safe_load(found) if isinstance(found, str) else found
+
+
 def _setting_of(part: str, key: str, configs: list[str], words: list[str]) -> Any:
     found = setting(f"{part}.{key}", [], words)
     given = [(read_config(config).get(part) or {}).get(key) for config in configs]
@@ -108,7 +114,7 @@ def read_config(config: str) -> dict[str, Any]:
     """Return the settings of a config, a path or a text. Raises ConfigError."""
     try:
         text = config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _EachOnce)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as e:
         raise ConfigError(f"{config[:200]} is not YAML: {' '.join(str(e).split())}") from None
     except UnicodeDecodeError:
@@ -118,6 +124,17 @@ def read_config(config: str) -> dict[str, Any]:
             f"{config[:200]}: expected settings (model, data, trainer ...), found {type(content).__name__}"
         )
     return content
+
+
+class _EachOnce(yaml.SafeLoader):
+    """YAML in which a setting that stands twice is an error: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for at, key in enumerate(keys):
+            if key in keys[:at] and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.value[at][0].start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _next(waiting: Any, flag: str) -> str:

@@ -106,9 +106,15 @@ class ImageDataset(Dataset["tuple[Tensor, int, int] | None"]):
             logger.warning("skipped %s", reason)
 
 
-def collate_images(items: list[tuple[Tensor, int, int] | None]) -> Batch:
-    """Return the batch of the items that could be read. Raises ImageError if there are none."""
+def collate_images(items: list[tuple[Tensor, int, int] | None], *, size: Sequence[int] | None = None) -> Batch:
+    """Return the batch of the items that could be read.
+
+    Where there are none: an empty batch of images of this size (channels, height, width), without one an ImageError.
+    """
     found = [item for item in items if item is not None]
+    if not found and size is not None:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Batch(torch.zeros(0, *size), none, none)
     if not found:
         raise ImageError(f"none of the {len(items)} images of a batch could be read; see the log for their names")
     return Batch(*default_collate(found))

@@ -94,6 +94,8 @@ def read_csv(path: str | PathLike[str]) -> list[Sample]:
     Raises DataError naming the line: no such column or file, an empty cell, an unknown split, a path given twice.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected a CSV file; give a folder of images as root")
     if not path.is_file():
         raise DataError(missing(path))
     try:

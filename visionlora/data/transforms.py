@@ -46,6 +46,8 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.input_size[0] or not all(math.isfinite(v) for v in values):
                 raise ConfigError(f"{name} needs {self.input_size[0]} finite values, one a channel, got {list(values)}")
+            if max(values) > 1:
+                raise ConfigError(f"{name} is of channels in 0..1, got {list(values)}: divide by 255")
         if min(self.std) <= 0 or not 0 < self.crop_pct <= 1:
             raise ConfigError(f"std must be above 0 and crop_pct in (0, 1], got {list(self.std)} and {self.crop_pct}")
         _one_of("interpolation", self.interpolation, INTERPOLATIONS)

@@ -12,6 +12,7 @@ from visionlora.core.attach import own_class, own_tensors
 from visionlora.core.quantised import QUANTISED, quantised_base
 from visionlora.errors import BaseMismatchError, ConfigError
 from visionlora.merging import fingerprint, head_fingerprint, known_fingerprint
+from visionlora.registry import registry_of
 from visionlora.targets.heads import is_transformers
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ def describe_base(
 ) -> dict[str, Any]:
     """Return the record's part on the base: what the caller knows (name, tag, args), what timm and the model tell."""
     given, known, quantised = given or {}, _timm_name(model), quantised_base(model)
+    original = _before_cast(model)
     for field in given:
         if field not in ("name", "tag", "args"):
             raise ConfigError(f"base has the fields name, tag and args, not {field!r}")
@@ -32,11 +34,25 @@ def describe_base(
         "tag": given.get("tag", known.get("tag")),
         "args": {**_timm_args(model), **given.get("args", {})} if known else dict(given.get("args", {})),
         "class": own_class(model).__name__,
-        "dtype": _dtype(model),
-        "fingerprint": print_of(model),
-        "head_fingerprint": head_fingerprint(model),
+        "dtype": original.get("dtype", _dtype(model)),
+        "fingerprint": original.get("fingerprint") or print_of(model),
+        "head_fingerprint": original.get("head_fingerprint") or head_fingerprint(model),
         **({QUANTISED: quantised.scheme} if quantised is not None else {}),
     }
+
+
+def remember_base(model: nn.Module, fingerprint: str) -> None:
+    """Change what the model remembers of its adapters: the base as it is, before a run casts it to another type.
+
+    Adapters that are saved afterwards name the base that can be built again, not its rounded copy.
+    """
+    original = {"dtype": _dtype(model), "fingerprint": fingerprint, "head_fingerprint": head_fingerprint(model)}
+    registry_of(model).original = original
+
+
+def _before_cast(model: nn.Module) -> dict[str, Any]:
+    original: dict[str, Any] = registry_of(model).original if "_visionlora" in model.__dict__ else {}
+    return {} if original.get("dtype") == _dtype(model) else original
 
 
 def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:

@@ -88,7 +88,10 @@ def _weights_path(source: Path) -> Path:
         if pickles:
             raise AdapterFileError(f"{path.parent}: {_PICKLE.format(path=pickles[0], weights=WEIGHTS)}")
         if (source / FULL).is_file():
-            raise AdapterFileError(f"{source} holds a whole model (mode full), no adapter: load_model builds it")
+            raise AdapterFileError(
+                f"{source} holds a whole model (mode full), no adapter: load_model builds it, and "
+                f"timm.create_model(..., checkpoint_path={str(source / FULL)!r})"
+            )
         found = "found nothing there" + _near(source)
         raise AdapterFileError(f"{path}: expected an adapter file or a directory with {WEIGHTS}, {found}")
     return path

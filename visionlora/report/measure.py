@@ -59,6 +59,8 @@ def answer(
         with torch.no_grad(), precision.forward_context():
             for item in islice(iter(loader), most_batches):
                 batch = as_batch(item)
+                if not len(batch.images):  # none could be read
+                    continue
                 check_labels(batch.labels, num_classes)
                 logits = net(precision.convert_input(batch.images.to(device))).float()
                 scores.update(logits, batch.labels.to(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,5 +112,7 @@ def _short(text: str, most: int = 18) -> str:
 
 def _save(figure: Figure, path: str | Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")  # a script the font lacks is drawn as boxes
+        figure.savefig(buffer, format="png")
     write_atomic(path, buffer.getvalue())

@@ -15,6 +15,7 @@ from visionlora.adapt import apply_lora
 from visionlora.config import LoraConfig, did_you_mean
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
+from visionlora.io.base import remember_base
 from visionlora.merging import fingerprint
 from visionlora.quantising import quantize_base
 from visionlora.registry import adapter_parameters
@@ -152,6 +153,7 @@ class TextTask(TaskSteps):
                 quantize_base(net, h.quantize)
             with seeded(h.seed):
                 apply_lora(net, self.config, name=h.adapter_name)
+            remember_base(net, self._base)
         if h.gradient_checkpointing:
             checkpoint_activations(net)
         if h.compile:

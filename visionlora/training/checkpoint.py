@@ -26,14 +26,20 @@ from visionlora.training.record import changed_settings, check_fits, filter_froz
 
 log = logging.getLogger(__name__)
 
+BEST: dict[str, Literal["min", "max"]] = {
+    **dict.fromkeys(("loss", "ece", "ppl"), "min"),
+    **dict.fromkeys(("acc", "f1", "em", "rougeL", "bleu", "r2"), "max"),
+}
+"""Which end of a metric is the good one, by the last part of its name."""
+
 
 class AdapterCheckpoint(Checkpoint):
     """Keep `last.ckpt` (resumable, without the frozen base) and `adapter/` (best by a validation metric).
 
     `last.ckpt` is written after every epoch, every `every_n_steps` optimiser steps, and when a fault outside a training
     step ends the run; the one before it stays as `previous.ckpt`. `adapter/` is written by the module's `save_adapter`
-    whenever `monitor` improves; without `monitor`, after every epoch. A fast_dev_run keeps nothing. `directory` None is
-    Trainer's default_root_dir.
+    whenever `monitor` improves (mode "auto": losses and errors fall, other metrics rise); without `monitor`, after
+    every epoch. A fast_dev_run keeps nothing. `directory` None is Trainer's default_root_dir.
 
     Resuming checks the checkpoint before anything changes: the base fingerprint, every tensor, the parameter groups and
     the settings named in `fixed` (dotted hyper-parameters, a prefix covers what is below it) must fit, else ResumeError
@@ -46,19 +52,22 @@ class AdapterCheckpoint(Checkpoint):
         directory: str | Path | None = None,
         *,
         monitor: str | None = "val/acc",
-        mode: Literal["min", "max"] = "max",
+        mode: Literal["auto", "min", "max"] = "auto",
         every_n_steps: int | None = None,
         fixed: Sequence[str] = (),
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ConfigError(f'mode must be "min" or "max", got {mode!r}')
+        if mode not in ("auto", "min", "max"):
+            raise ConfigError(f'mode must be "auto", "min" or "max", got {mode!r}')
+        known = BEST.get((monitor or "").rpartition("/")[2])
+        if known is not None and mode not in ("auto", known):
+            raise ConfigError(f"the best {monitor} is its {known}, not its {mode}; leave mode away")
         self.directory = None if directory is None else Path(directory)
         self.monitor, self.mode, self.every_n_steps, self.fixed = monitor, mode, every_n_steps, tuple(fixed)
         self.best: float | None = None
         """Value of the monitored metric when `adapter/` was written."""
         self.best_step: int | None = None
         self._fingerprint = ""
-        self._saved_at, self._due = -1, False
+        self._saved_at, self._due, self._compared = -1, False, False
         self._rates = Rates()
 
     @property
@@ -125,6 +134,12 @@ class AdapterCheckpoint(Checkpoint):
         if in_fit(trainer) and self._due:
             self.save_last(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None and not self._compared and not trainer.fast_dev_run:
+            save_in_first_process(trainer, pl_module, self.adapter_path)
+            if trainer.is_global_zero:
+                log.info("%s was never measured: %s is that of the last step", self.monitor, self.adapter_path)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if in_fit(trainer) and not trainer.fast_dev_run and self.monitor is not None and self._improved(trainer):
             save_in_first_process(trainer, pl_module, self.adapter_path)
@@ -141,7 +156,8 @@ class AdapterCheckpoint(Checkpoint):
             self._tell_the_last_good(trainer)
             return
         # between two steps (a loader worker died, an image cannot be read) the state is sound; inside one it is not
-        sound = in_fit(trainer) and between_steps(trainer) and trainer.global_step > 0
+        began = self._saved_at >= 0  # else nothing was trained since the checkpoint
+        sound = in_fit(trainer) and between_steps(trainer) and trainer.global_step > 0 and began
         if sound and isinstance(exception, Exception) and trainer.world_size == 1:
             self.save_last(trainer)
             log.error("the run failed between two steps; go on from %s once the cause is gone", self.last_path)
@@ -161,7 +177,7 @@ class AdapterCheckpoint(Checkpoint):
         return self.last_path
 
     def _improved(self, trainer: Trainer) -> bool:
-        metrics = trainer.callback_metrics
+        metrics, self._compared = trainer.callback_metrics, True
         if self.monitor not in metrics:
             raise ConfigError(f"no metric {self.monitor!r} to choose the best adapter by; logged: {', '.join(metrics)}")
         # every process must save or none: without sync_dist each has a metric of its own, and the first one decides
@@ -169,7 +185,8 @@ class AdapterCheckpoint(Checkpoint):
         if not math.isfinite(value):
             log.warning("%s is %s at step %d: not the best adapter", self.monitor, value, trainer.global_step)
             return False
-        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        falls = "min" in (self.mode, BEST.get(str(self.monitor).rpartition("/")[2]))
+        better = self.best is None or (value < self.best if falls else value > self.best)
         if better:
             self.best, self.best_step = value, trainer.global_step
         return better
@@ -186,6 +203,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
+        self._compared = self.best is not None
 
 
 def save_in_first_process(trainer: Trainer, pl_module: LightningModule, directory: Path) -> None:

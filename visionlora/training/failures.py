@@ -51,6 +51,11 @@ class ExplainFailures(Callback):
             self.explanation = _size_story(exception, self._batch)
         elif str(exception).startswith("Early stopping conditioned on metric"):
             self.explanation = str(exception)
+        elif str(exception).startswith("You restored a checkpoint with current_epoch"):
+            self.explanation = (
+                f"{trainer.current_epoch} epochs are done and max_epochs is {trainer.max_epochs}: give more to go on, "
+                f"trainer.max_epochs {trainer.current_epoch + 1} or above"
+            )
 
 
 @contextmanager
@@ -61,11 +66,22 @@ def explained(trainer: Trainer) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as e:
+    except VisionLoRAError as e:
+        raise _without_worker(e) from None
+    except Exception as e:
         notes = [c for c in trainer.callbacks if isinstance(c, ExplainFailures)]  # type: ignore[attr-defined]
-        if notes and notes[0].explanation and not isinstance(e, VisionLoRAError):
+        if notes and notes[0].explanation:
             raise TrainingError(notes[0].explanation) from e
         raise
+
+
+def _without_worker(error: VisionLoRAError) -> VisionLoRAError:
+    """Return the error as the worker of a DataLoader raised it, without the traceback that torch puts around it."""
+    text = str(error)
+    if not text.startswith("Caught ") or "Original Traceback" not in text:
+        return error
+    own = re.search(rf"\n(?:\w+\.)*{type(error).__name__}: (.*)\Z", text, re.S)
+    return type(error)(own[1].strip()) if own else error
 
 
 def _out_of_memory(error: BaseException) -> bool:

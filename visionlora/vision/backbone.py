@@ -29,6 +29,14 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 HEADS = ("head", "head.fc", "fc", "classifier", "heads.head", "last_linear")  # where checkpoints keep their classifier
+RESERVED = {
+    "num_classes": "the classes of the data decide",
+    "pretrained": "it is a setting of its own",
+    "checkpoint_path": "the setting checkpoint does that",
+    "pretrained_cfg": "the name says which weights",
+    "pretrained_cfg_overlay": "the name says which weights",
+}
+"""Arguments of timm.create_model that are not for model_args, and why."""
 _NO_NETWORK = (OSError, URLError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
@@ -75,6 +83,8 @@ def base_and_head(
     """
     check_model_name(model_name)
     args = dict(model_args or {})
+    for key in RESERVED.keys() & args.keys():
+        raise ConfigError(f"model_args cannot have {key}: {RESERVED[key]}")
     if checkpoint is None and not pretrained:
         return _build(model_name, pretrained=False, num_classes=num_classes, **args), None
     if checkpoint is None:
@@ -140,6 +150,7 @@ def _downloaded(model_name: str, num_classes: int | None, args: dict[str, Any]) 
 
 def _from_file(model_name: str, path: Path, num_classes: int | None, args: dict[str, Any]) -> tuple[nn.Module, int]:
     weights = _read(path)
+    _refuse_ours(path, weights)
     known = _class_count(model_name, weights)
     try:
         # timm renames keys of older files, resamples position embeddings and adapts the first convolution
@@ -172,6 +183,15 @@ def _read(path: Path) -> dict[str, Tensor]:
     if bad:
         raise ConfigError(f"{path} holds NaN or infinite values in {', '.join(bad[:5])}")
     return weights
+
+
+def _refuse_ours(path: Path, weights: dict[str, Tensor]) -> None:
+    if any(key.startswith(("base_model.model.", "visionlora.")) for key in weights):
+        raise ConfigError(f"{path} is an adapter, expected the weights of a base; adapters are given by --adapter")
+    if any(".adapters." in key for key in weights):
+        raise ConfigError(
+            f"{path} is the state of a training, expected the weights of a base; to go on with it: --ckpt_path {path}"
+        )
 
 
 def _class_count(model_name: str, weights: dict[str, Tensor]) -> int:

@@ -255,4 +255,10 @@ def _check(root: str | None, csv: str | None, batch_size: int, num_workers: int 
 def _input_of(model_name: str | None, args: dict[str, Any], in_chans: int | None, **given: Any) -> InputConfig:
     """Return the input of a backbone, where nothing else is given for a part of it."""
     known = data_config(model_name, model_args=args) if model_name else {}
-    return input_config(known, in_chans=in_chans or args.get("in_chans", 3), **given)
+    if known and in_chans not in (None, known["input_size"][0]):
+        raise ConfigError(
+            f"data.in_chans is {in_chans} and {model_name} takes {known['input_size'][0]} channels: leave it away, or "
+            f"build the model for it with model.model_args.in_chans {in_chans}"
+        )
+    chans = known["input_size"][0] if known else args.get("in_chans", 3)
+    return input_config(known, in_chans=in_chans or chans, **given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def image_loader(
     collate: Callable[[Any], Any] = collate_images
     if isinstance(data, FeatureDataset):  # nothing to decode
         workers, collate = 0, collate_features
+    elif sampler is None:  # in an evaluation files that cannot be read may fill a batch; in training that is an error
+        collate = partial(collate_images, size=data.preprocess.config.input_size)
     return DataLoader(
         data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=collate,
         drop_last=drop_last, pin_memory=torch.cuda.is_available(), timeout=timeout if workers else 0,

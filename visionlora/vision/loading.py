@@ -24,8 +24,8 @@ from visionlora.vision.hub import WeightsUnavailableError
 __all__ = ["load_model", "load_transform", "read_record"]
 
 OWN_WEIGHTS = (
-    "If you have its weights as a file: load_model(directory, checkpoint=PATH), in a command --checkpoint PATH, "
-    "in test and predict --model.checkpoint PATH"
+    "If you have its weights as a file: load_model(directory, checkpoint=PATH); in test, validate and predict "
+    "--model.checkpoint PATH, in merge, combine and convert --checkpoint PATH"
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import mean
 from typing import Any
@@ -116,11 +116,11 @@ def see_data(net: nn.Module, name: str, trainer: Trainer) -> None:
     net.eval()  # no dropout
     with precision.forward_context():
         if config.norm in ("stats", "stats-affine") and batch_norms(net):
-            batches = (precision.convert_input(as_batch(b).images.to(device)) for b in _undisturbed(trainer))
-            images = estimate_statistics(net, batches, net)
-            log.info("BatchNorm statistics re-estimated once, on %d training images", images)
+            batches = (precision.convert_input(images.to(device)) for images in _undisturbed(trainer))
+            seen = estimate_statistics(net, batches, net)
+            log.info("BatchNorm statistics re-estimated once, on %d training images", seen)
         if config.init_lora_weights == "eva":
-            batches = (precision.convert_input(as_batch(b).images.to(device)) for b in _undisturbed(trainer))
+            batches = (precision.convert_input(images.to(device)) for images in _undisturbed(trainer))
             shares = fit_to_data(net, batches)
             log.info("A starts along directions that hold %.0f %% of its input", 100 * mean(shares.values()))
     net.train(training)
@@ -129,11 +129,16 @@ def see_data(net: nn.Module, name: str, trainer: Trainer) -> None:
             dist.broadcast(tensor, 0)
 
 
-def _undisturbed(trainer: Trainer) -> Iterable[Any]:
+def _undisturbed(trainer: Trainer) -> Iterator[Tensor]:
     if trainer.datamodule is not None:
-        return trainer.datamodule.statistics_dataloader()  # type: ignore[no-any-return]
-    trainer.fit_loop.setup_data()
-    return trainer.train_dataloader  # type: ignore[return-value]
+        loader = trainer.datamodule.statistics_dataloader()
+    else:
+        trainer.fit_loop.setup_data()
+        loader = trainer.train_dataloader
+    for batch in loader:
+        images = as_batch(batch).images
+        if len(images):  # else none could be read
+            yield images
 
 
 def _batches(loader: Any, devices: int) -> int:

@@ -18,6 +18,7 @@ from visionlora.config import LoraConfig, did_you_mean
 from visionlora.core.blocks import checkpoint_blocks
 from visionlora.errors import ConfigError
 from visionlora.io import save_adapter
+from visionlora.io.base import remember_base
 from visionlora.merging import fingerprint
 from visionlora.quantising import quantize_base
 from visionlora.registry import adapter_parameters
@@ -158,6 +159,7 @@ class ImageClassifier(ImageSteps):
                 quantize_base(net, self.hparams.quantize)
             with seeded(self.hparams.seed):
                 apply_lora(net, self.config, name=self.hparams.adapter_name)
+            remember_base(net, self._base)
         if self.hparams.mode == "norm" and "norm" not in self.trainable_groups():
             raise ConfigError(f"{type(net).__name__} has no normalisation to train; use mode linear or lora")
         if self.hparams.grad_checkpointing:

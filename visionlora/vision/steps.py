@@ -72,6 +72,8 @@ class ImageSteps(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         batch = as_batch(batch)
+        if not len(batch.images):  # none could be read
+            return
         check_labels(batch.labels, self.hparams.num_classes)
         list(self._scores.values())[dataloader_idx].update(self._logits(batch), batch.labels)
 
@@ -87,6 +89,8 @@ class ImageSteps(pl.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Return {"probabilities": (batch, classes) on the CPU, "classes": names of the likeliest, "paths": files}."""
         batch = as_batch(batch)
+        if not len(batch.images):  # none could be read
+            return {"probabilities": torch.zeros(0, len(self.class_names)), "classes": [], "paths": []}
         logits = self(batch.images).float()
         check_predictions(logits)
         probabilities = logits.softmax(-1).cpu()
