@@ -53,8 +53,8 @@ class ExplainFailures(Callback):
             self.explanation = str(exception)
         elif str(exception).startswith("You restored a checkpoint with current_epoch"):
             self.explanation = (
-                f"{trainer.current_epoch} epochs are done and max_epochs is {trainer.max_epochs}: give more to go on, "
-                f"trainer.max_epochs {trainer.current_epoch + 1} or above"
+                f"max_epochs {trainer.max_epochs} lies before the checkpoint, which is of epoch "
+                f"{trainer.current_epoch + 1}: give more to go on, trainer.max_epochs"
             )
 
 
