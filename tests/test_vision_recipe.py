@@ -45,7 +45,9 @@ def test_depthwise_kernels_of_a_small_cnn_are_trained_in_full() -> None:
         ("mobilenetv3_small_050", {}, 3e-3),  # 0.6 million weights
         ("mobilenetv3_small_100", {}, 1e-3),  # 1.5 million
         ("mobilenetv3_small_100", {"recipe": "none"}, 1e-3),
-        ("mobilenetv3_small_100", {"mode": "norm"}, 1e-2),
+        ("mobilenetv3_small_100", {"mode": "norm"}, 3e-3),
+        ("test_vit", {"mode": "linear"}, 1e-2),
+        ("test_vit", {"mode": "full"}, 1e-3),
         ("mobilenetv3_small_100", {"lr": 4e-3}, 4e-3),
     ],
 )

@@ -38,8 +38,8 @@ from visionlora.vision.loops import (
     see_data,
     seeded,
 )
-from visionlora.vision.recipe import Recipe, lora_rate, suited
-from visionlora.vision.settings import LEAN, RATES, Memory, Mode, adapter_config, check_settings
+from visionlora.vision.recipe import Recipe, rates_of, suited
+from visionlora.vision.settings import LEAN, Memory, Mode, adapter_config, check_settings
 from visionlora.vision.steps import ImageSteps
 
 __all__ = ["ImageClassifier", "Mode"]
@@ -66,8 +66,8 @@ class ImageClassifier(ImageSteps):
         pretrained: start from timm's weights (fetched when they are not on this machine).
         checkpoint: start from a local file with weights of this backbone instead.
         model_args: further arguments of timm.create_model.
-        lr: learning rate of AdamW; by default 1e-3, on a backbone of fewer than a million weights 3e-3, for "linear"
-            and "norm" 1e-2, for "full" 1e-4.
+        lr: learning rate of AdamW; by default 1e-3, for "linear" and "norm" 3e-3, for "full" 1e-4, and on a backbone of
+            fewer than a million weights 3e-3, 1e-2 and 1e-3.
         head_lr_factor: multiplies the rate of the head.
         lora_plus: multiplies the rate of B (LoRA+, Hayou et al. 2024); 1 is plain LoRA.
         weight_decay: of all tensors with two dimensions or more.
@@ -150,7 +150,7 @@ class ImageClassifier(ImageSteps):
             config = suited(config, net)
         self.save_hyperparameters({**settings, "lora": config.to_dict()})
         self.net, self.config = net.train(), adapter_config(self.hparams.mode, config, self.hparams.memory)
-        self._base, self._rates = fingerprint(net), {**RATES, "lora": lora_rate(net)}
+        self._base, self._rates = fingerprint(net), rates_of(net)
         self.class_names = list(self.hparams.class_names or map(str, range(self.hparams.num_classes)))
         if self.config is None:
             net.requires_grad_(True)

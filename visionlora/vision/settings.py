@@ -16,8 +16,6 @@ LEAN = (
     "night 96.6 % instead of 96.7, webcam 94.2 instead of 95.1; docs/performance.md)"
 )
 """What a run with frozen A is told."""
-RATES: dict[str, float] = {"linear": 1e-2, "norm": 1e-2, "full": 1e-4}
-"""Learning rates of AdamW that suit the modes; that of "lora" depends on the network (`recipe.lora_rate`)."""
 
 
 def adapter_config(mode: str, lora: LoraConfig, memory: Memory = "exact") -> LoraConfig | None:
