@@ -37,7 +37,7 @@ from visionlora.vision.module import ImageClassifier
 
 RATES: dict[str, tuple[float, ...]] = {"linear": (3e-3, 1e-2), "norm": (1e-2, 3e-2), "full": (3e-4, 1e-3, 3e-3)}
 """Learning rates of a method; the others run at the default of ImageClassifier."""
-FEWER_RATES: dict[str, tuple[float, ...]] = {"linear": (1e-2,), "norm": (1e-2,), "full": (3e-4,)}
+RATES_V2: dict[str, tuple[float, ...]] = {"linear": (3e-3, 1e-2), "norm": (3e-3, 1e-2), "full": (1e-4, 3e-4, 1e-3)}
 LORA: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora-bias": {"bias": "all"},
@@ -74,7 +74,7 @@ class Task:
 
 
 def office(backbone: Callable[[Path], nn.Module], target: str, epochs: int, shares: tuple[float, ...]) -> Task:
-    rates = FEWER_RATES if backbone is mobilenet_v2 else RATES
+    rates = RATES_V2 if backbone is mobilenet_v2 else RATES
     return Task(backbone, "office", 10, ("amazon", "amazon"), (target, target), 128, epochs, 8, shares, rates=rates)
 
 
