@@ -182,6 +182,13 @@ def test_a_resumed_run_tells_its_own_time(run: Path, caplog: pytest.LogCaptureFi
     assert config_of(Path("runs/steps"))["trainer"]["max_steps"] == -1
 
 
+def test_a_base_that_is_random_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--model.checkpoint", "null", "--model.pretrained", "false"]) == 0
+    assert "the base is random and lies in no file" in capsys.readouterr().err
+    assert main([*SHORT]) == 0
+    assert "the base is random" not in capsys.readouterr().err
+
+
 def test_class_names_in_any_script(here: Path) -> None:
     shutil.copytree(Path("data").resolve(), "own")
     for domain in ("day", "night"):

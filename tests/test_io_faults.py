@@ -194,6 +194,23 @@ def test_another_backbone_is_named(tmp_path: Path) -> None:
     assert "allow_other_base" not in str(caught.value), "no way to go on"
 
 
+@pytest.mark.parametrize("args", [{"output_stride": 8}, {"act_layer": "silu"}, {"global_pool": "max"}])
+def test_the_same_weights_in_a_model_built_otherwise_are_refused(args: dict[str, Any], tmp_path: Path) -> None:
+    weights = timm_model("test_resnet").state_dict()
+    save_adapter(adapted(timm_model("test_resnet")), tmp_path)
+    other = timm_model("test_resnet", **args)
+    other.load_state_dict(weights)
+    refused(tmp_path, "built otherwise", "timm.create_model", model=other, error=BaseMismatchError)
+    load_adapter(other, tmp_path, allow_other_base=True)
+
+
+def test_what_only_training_uses_does_not_count(tmp_path: Path) -> None:
+    model = timm_model("test_vit", drop_rate=0.1, drop_path_rate=0.2, proj_drop_rate=0.1)
+    model.load_state_dict(timm_model("test_vit").state_dict())
+    save_adapter(adapted(model), tmp_path)
+    load_adapter(timm_model("test_vit"), tmp_path)
+
+
 def test_what_lies_beside_an_adapter_is_told_from_it(tmp_path: Path) -> None:
     saved(tmp_path / "runs/cam/adapter")
     run = tmp_path / "runs/cam"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ from visionlora.report.run import RunReport, ignorance
 from visionlora.vision.datamodule import ImageFolderData
 from visionlora.vision.loading import load_model
 from visionlora.vision.module import ImageClassifier
+
+log = logging.getLogger(__name__)
 
 
 class ImageCLI(AdapterCLI):
@@ -64,14 +67,21 @@ class ImageCLI(AdapterCLI):
 
     def after_instantiate_classes(self) -> None:
         adapter = self._get(self.config, "adapter")
+        if self.subcommand == "fit" and self._drawn() and self._get(self.config, "model").mode != "full":
+            log.warning(
+                "pretrained: false without a checkpoint: the base is random and lies in no file, so that its adapter "
+                "cannot be loaded again; mode full keeps the whole model"
+            )
         if adapter is not None:
             self._get(self.config, "model").checkpoint = self.checkpoint
             self.model.net = load_model(adapter, checkpoint=self.checkpoint)
 
     def ignorance(self) -> str:
+        return "the weights are random" if self._drawn() else ignorance(self.model)
+
+    def _drawn(self) -> bool:
         model = self._get(self.config, "model")
-        drawn = not model.pretrained and model.checkpoint is None
-        return "the weights are random" if drawn else ignorance(self.model)
+        return not model.pretrained and model.checkpoint is None
 
     def report(self) -> Callback:
         return RunReport()

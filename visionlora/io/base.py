@@ -11,11 +11,19 @@ from torch import nn
 from visionlora.core.attach import own_class, own_tensors
 from visionlora.core.quantised import QUANTISED, quantised_base
 from visionlora.errors import BaseMismatchError, ConfigError
+from visionlora.io.record import STRUCTURE
+from visionlora.io.structure import structure
 from visionlora.merging import fingerprint, head_fingerprint, known_fingerprint
 from visionlora.registry import registry_of
 from visionlora.targets.heads import is_transformers
 
 log = logging.getLogger(__name__)
+BUILT_OTHERWISE = (
+    "the adapter was trained on these weights in a model built otherwise: padding, stride, activation or pooling of a "
+    "layer differ. Build the model with the arguments of timm.create_model it was trained with and call load_adapter; "
+    'load_model knows them where the adapter was saved with base={"args": {...}}. To load it all the same: '
+    "allow_other_base=True"
+)
 UNTRAINED = "untrained"
 """timm's tag for an architecture without published weights, which names none."""
 
@@ -38,6 +46,7 @@ def describe_base(
         "fingerprint": original.get("fingerprint") or print_of(model),
         "head_fingerprint": original.get("head_fingerprint") or head_fingerprint(model),
         **({QUANTISED: quantised.scheme} if quantised is not None else {}),
+        **({STRUCTURE: built} if (built := structure(model)) is not None else {}),
     }
 
 
@@ -64,6 +73,8 @@ def check_base(model: nn.Module, recorded: dict[str, Any]) -> None:
             "architecture. Build that model, or load both tasks on one backbone with visionlora.text.TaskModels"
         )
     if recorded["fingerprint"] in (None, came["fingerprint"]):
+        if recorded.get(STRUCTURE, built := came.get(STRUCTURE)) != built:
+            raise BaseMismatchError(BUILT_OTHERWISE)
         return
     cure = "load that base, or pass allow_other_base=True if its weights may differ"
     if recorded["class"] not in (None, came["class"]):

@@ -30,7 +30,7 @@ base and nothing else; the base is left untouched.
 | classes | {classes} |
 | input | {data} |
 | parameters | {parameters:,} |
-| size | {kib:,.0f} KiB |
+| size | {kb:,.1f} kB |
 {metrics}
 ## Load
 
@@ -67,7 +67,7 @@ def card(record: dict[str, Any], parameters: int, size: int, reasons: Iterable[s
         classes=_classes(record["classes"]),
         data=_data(record["data"]),
         parameters=parameters,
-        kib=size / 1024,
+        kb=size / 1000,
         metrics=_metrics(record["metrics"]),
         peft=_peft(list(reasons)),
     )

@@ -31,6 +31,8 @@ from visionlora.variants import VARIANTS, LowRank
 FORMAT_VERSION = 1
 TEXT = "task_type"
 """Field of the record's data that texts have and images have not."""
+STRUCTURE = "structure"
+"""Field of the record's base that tells how it was built (`structure.structure`)."""
 RECORD, RECORD_SUM = "visionlora", "visionlora_sha256"
 """Names in the metadata of the weights file."""
 
@@ -116,6 +118,13 @@ _BASE: dict[str, Any] = {
     "fingerprint": Maybe(_SHA256),
     "head_fingerprint": Maybe(_SHA256),
 }
+
+
+def _base(*fields: str) -> Schema:
+    known = {**_BASE, **dict.fromkeys(fields, _SHA256)}
+    return ByField(QUANTISED, present={**known, QUANTISED: _choice("int8", "nf4")}, absent=known)
+
+
 _LAYER_ENTRY: Schema = {
     "attribute": _ATTRIBUTE,
     "rank": _whole(1, 1 << 30),
@@ -128,7 +137,8 @@ SCHEMA: Schema = {
     ),
     "name": _text(ADAPTER_NAME, "an adapter name, 1 to 64 of A-Z a-z 0-9 _ -"),
     # only an adapter trained on a quantised base says so: an older version, which knows no such field, refuses it
-    "base": ByField(QUANTISED, present={**_BASE, QUANTISED: _choice("int8", "nf4")}, absent=_BASE),
+    # adapters of timm backbones tell how theirs was built; those of PEFT and of transformers' models do not
+    "base": ByField(STRUCTURE, present=_base(STRUCTURE), absent=_base()),
     "plan": {
         "config": Rule("an object", lambda v: isinstance(v, dict)),
         "layers": MapOf(_LAYER_NAME, _LAYER_ENTRY, 20_000),

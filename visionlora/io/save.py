@@ -60,7 +60,7 @@ def save_adapter(
     except (AdapterFileError, ValueError) as e:
         raise ConfigError(f"the adapter {name!r} cannot be saved: {e}") from None
     mirror, reasons = peft_config(model, plan, record["base"]["name"])
-    parameters = sum(tensor.numel() for tensor in tensors.values())
+    parameters = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith("/start"))
     _write(Path(directory), weights, mirror, record, card(record, parameters, len(weights), reasons), reasons)
     return Path(directory)
 

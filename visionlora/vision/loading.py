@@ -12,7 +12,7 @@ from visionlora.adapt import activate
 from visionlora.data.transforms import InputConfig, Preprocess
 from visionlora.errors import AdapterFileError, BaseMismatchError, ConfigError
 from visionlora.io import load_adapter, read_adapter
-from visionlora.io.base import check_base
+from visionlora.io.base import BUILT_OTHERWISE, check_base
 from visionlora.io.read import WEIGHTS as ADAPTER
 from visionlora.merging import head_fingerprint
 from visionlora.quantising import Scheme, quantised_as_recorded
@@ -93,7 +93,8 @@ def _adapted(net: nn.Module, directory: Path) -> str:
     try:
         return load_adapter(net, directory)
     except BaseMismatchError as e:
-        raise BaseMismatchError(f"{e}. {OWN_WEIGHTS}") from None
+        cure = "" if BUILT_OTHERWISE in str(e) else f". {OWN_WEIGHTS}"
+        raise BaseMismatchError(f"{e}{cure}") from None
 
 
 def _whole(directory: Path, record: dict[str, Any]) -> nn.Module:
