@@ -164,6 +164,13 @@ def test_doctor_reads_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["doctor", str(tmp_path / "list.csv")]) == 0
     assert main(["doctor", str(tmp_path / "none.csv")]) == 1
     assert "does not exist" in capsys.readouterr().out
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", "gone.png,cat", *rows, "lost.png,dog", rows[0]]))
+    assert main(["doctor", str(tmp_path / "list.csv")]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "line 2" in told
+    assert "line 27" in told
+    assert "listed more than once" in told
+    assert "25 images examined" in told, "the others are examined all the same"
 
 
 def test_doctor_offers_the_layouts_of_the_data_code() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from visionlora.config import did_you_mean
-from visionlora.data.folders import Layout, Sample, read_csv, scan_tree
+from visionlora.data.folders import Layout, Sample, scan_csv, scan_tree
 from visionlora.data.images import Header, inspect_image
 from visionlora.errors import DataError, ImageError
 
@@ -75,12 +75,14 @@ def examine_tree(
 def examine_csv(
     path: str | PathLike[str], *, classes: Sequence[str] | None = None, threads: int | None = None
 ) -> Report:
-    """Return the report on the images a CSV lists; a CSV that cannot be read gives a finding, not an exception."""
+    """Return the report on the images a CSV lists; rows that stand for none give findings, not an exception."""
     try:
-        samples = read_csv(path)
+        scan = scan_csv(path)
     except DataError as e:
         return Report(0, [Finding("error", "layout", str(e), str(path))])
-    return examine(samples, classes=classes, threads=threads)
+    faults = [Finding("error", "layout", problem) for problem in scan.problems]
+    report = examine(scan.samples, classes=classes, threads=threads) if scan.samples else Report(0, [])
+    return _sorted(report.images, faults + report.findings)
 
 
 def examine(samples: Sequence[Sample], *, classes: Sequence[str] | None = None, threads: int | None = None) -> Report:

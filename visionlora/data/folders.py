@@ -93,6 +93,14 @@ def read_csv(path: str | PathLike[str]) -> list[Sample]:
 
     Raises DataError naming the line: no such column or file, an empty cell, an unknown split, a path given twice.
     """
+    scan = scan_csv(path)
+    if scan.problems:
+        raise DataError(_some(scan.problems))
+    return scan.samples
+
+
+def scan_csv(path: str | PathLike[str]) -> Scan:
+    """Return the rows of a CSV that stand for images, and the faults of the others. Raises DataError: no such table."""
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder, expected a CSV file; give a folder of images as root")
@@ -102,15 +110,20 @@ def read_csv(path: str | PathLike[str]) -> list[Sample]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, restval="")
             _check_columns(path, list(rows.fieldnames or []))
-            samples = [_row(path, rows.line_num, row) for row in rows]
+            samples, problems = [], []
+            for row in rows:
+                try:
+                    samples.append(_row(path, rows.line_num, row))
+                except DataError as e:
+                    problems.append(str(e))
     except (UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path}: not a CSV in UTF-8 ({e})") from None
-    if not samples:
+    if not samples and not problems:
         raise DataError(f"{path}: no rows below the header")
     twice = [name for name, count in Counter(sample.path for sample in samples).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: listed more than once: {_some(twice)}")
-    return samples
+        problems.append(f"{path}: listed more than once: {_some(twice)}")
+    return Scan(samples, [], problems)
 
 
 def _layout_of(root: Path, names: list[tuple[str, ...]]) -> tuple[str, str]:
