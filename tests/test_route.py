@@ -143,6 +143,15 @@ def test_names_that_cannot_be_are_refused(names: list[str | None], message: str)
     vl.activate(model, "a")
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", None, "a"]])
+def test_a_batch_of_another_size_is_refused_at_the_door(names: list[str | None]) -> None:
+    model, x = two_cameras()
+    batch = x.repeat(2, 1)[:6]
+    with torch.no_grad(), vl.route(model, names), pytest.raises(StateError, match=f"{len(names)} adapters are named"):
+        model(batch)
+    model(batch)
+
+
 def test_nothing_changes_inside() -> None:
     model, _ = two_cameras()
     with vl.route(model, NAMES):

@@ -110,6 +110,19 @@ def test_predictions_are_those_of_the_model(here: Path) -> None:
         assert found["probability"] == pytest.approx(float(probability), abs=1e-4)
 
 
+def test_answers_do_not_replace_files_of_the_user(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(here, "SEQ_CLS") == 0
+    source = write(here / "new.jsonl", rows("SEQ_CLS", 3, 5))
+    words = ["predict", "--adapter", "runs/run/adapter", "--source", source, *FEW[-6:]]
+    before = Path(source).read_bytes()
+    assert main([*words, "--out", "new"]) == 2
+    assert "new.jsonl exists and holds no answers" in capsys.readouterr().err
+    assert Path(source).read_bytes() == before
+    assert main([*words, "--out", "found.csv"]) == 0
+    assert main([*words, "--out", "found.csv"]) == 0, "their own are"
+    assert sorted(path.name for path in here.glob("found*")) == ["found.csv", "found.jsonl"]
+
+
 @pytest.mark.parametrize("task", FAMILY)
 def test_a_merged_model_loads_in_plain_transformers(task: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(here, task) == 0
