@@ -24,6 +24,8 @@ WRITING = ("max_new_tokens", "num_beams", "max_answer_tokens", "null_threshold")
 """How a run of text had its answers made."""
 OF_TRAINING = ("seed_everything", "trainer", "checkpoint", "report")
 """Parts of a run's config that fit takes when it goes on with it."""
+MACHINE = ("accelerator", "strategy", "devices", "num_nodes")
+"""Settings of the Trainer that belong together: where one is given, none of the run's is taken."""
 DOMAINS = ("train_domains", "test_domains", "source_domains")
 PLACES = ("root", "csv", "val_root", "test_root")
 OF_ADAPTER = ("model_args", "mode", "lora", "recipe", "adapter_name", "memory", "pretrained", "quantize")
@@ -112,6 +114,8 @@ def _of_run(path: Path, verb: str, configs: list[str], flags: list[str]) -> list
     if verb == "fit":
         kept |= {key: recorded[key] for key in OF_TRAINING if recorded.get(key) is not None}
         kept.get("checkpoint", {}).pop("fixed", None)
+        if any(words.trainer_setting(key, configs, flags) is not None for key in MACHINE):
+            kept["trainer"] = {key: v for key, v in kept.get("trainer", {}).items() if key not in MACHINE}
         _tell_changes(recorded, configs, flags)
     return [json.dumps(kept)]
 
