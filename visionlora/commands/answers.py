@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from visionlora.atomic import write_atomic
 from visionlora.errors import ConfigError
+from visionlora.report.predictions import output_paths
 
 __all__ = ["WriteAnswers"]
 
@@ -28,8 +29,7 @@ class WriteAnswers(Callback):
     """
 
     def __init__(self, out: str | Path) -> None:
-        stem = Path(out).with_suffix("") if Path(out).suffix in (".csv", ".jsonl") else Path(out)
-        self.csv_path, self.jsonl_path = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".jsonl"))
+        self.csv_path, self.jsonl_path = output_paths(out)
         self._found: dict[int, dict[str, Any]] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from visionlora.atomic import atomic_path
 from visionlora.errors import ConfigError
 
-__all__ = ["PredictionWriter", "check_is_ours"]
+__all__ = ["PredictionWriter", "output_paths"]
 
 COLUMNS = "path,label,probability"
 """How the table begins."""
@@ -32,8 +32,7 @@ class PredictionWriter:
     def __init__(self, out: str | Path, class_names: Sequence[str], *, top: int = 5) -> None:
         if top < 1:
             raise ConfigError(f"top must be at least 1, got {top}")
-        stem = Path(out).with_suffix("") if Path(out).suffix in (".csv", ".jsonl") else Path(out)
-        self.csv_path, self.jsonl_path = (stem.with_name(stem.name + suffix) for suffix in (".csv", ".jsonl"))
+        self.csv_path, self.jsonl_path = output_paths(out)
         self.class_names, self.top = list(class_names), min(top, len(class_names))
         self.rows = 0
         self._files: tuple[TextIO, TextIO] | None = None
@@ -41,7 +40,7 @@ class PredictionWriter:
 
     def __enter__(self) -> PredictionWriter:
         for path, beginning in ((self.csv_path, COLUMNS), (self.jsonl_path, '{"path": ')):
-            check_is_ours(path, beginning)
+            _check_is_ours(path, beginning)
         self.csv_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = [self._stack.enter_context(atomic_path(path)) for path in (self.csv_path, self.jsonl_path)]
         table, lines = (self._stack.enter_context(path.open("w", newline="", encoding="utf-8")) for path in temporary)
@@ -66,7 +65,13 @@ class PredictionWriter:
             self.rows += 1
 
 
-def check_is_ours(path: Path, beginning: str) -> None:
+def output_paths(out: str | Path) -> tuple[Path, Path]:
+    """Return OUT.csv and OUT.jsonl, whether or not one of the endings is already there."""
+    stem = Path(out).with_suffix("") if Path(out).suffix in (".csv", ".jsonl") else Path(out)
+    return stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.jsonl")
+
+
+def _check_is_ours(path: Path, beginning: str) -> None:
     """Raise ConfigError for a file that is there and does not begin as one of ours."""
     if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(beginning.encode()):
         raise ConfigError(f"{path} exists and holds no predictions; give another name with --out")
